@@ -1,0 +1,458 @@
+"""
+The vision-language model as plain steps: frames -> patches -> vision tokens -> one sequence -> log-probs.
+
+    patchify        uint8 frames  -> normalised patches, in the order the tower was trained on
+    make_prompt     the chat template, the vision tokens' places, M-RoPE positions
+    splice          text embeddings, with the vision tokens put where the pads are
+    logprobs        log-probs of G completions over one shared prefix, in one packed sequence
+
+The weights and the layers are Hugging Face transformers'; these steps are ours, because this is where video RL
+goes wrong in silence: other positions in the sampler than in the trainer, vision tokens cut off, pads sampled as text.
+
+One packed sequence a group: [prefix | completion 1 | ... | completion G]. Each completion sees the prefix and itself,
+so the prefix, nearly all of a long video's cost, is computed once forward and once backward, not G times.
+"""
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText,
+                          AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
+from transformers.utils import cached_file, logging
+
+import encode
+
+logging.disable_progress_bar()          # one bar is enough: train.py's
+
+INSTRUCTION = ("First reason between <think> and </think>, "
+               "then give the answer between <answer> and </answer>.")
+
+
+@dataclass
+class Prompt:
+    """What the language model reads before it answers. P ids, V vision tokens of D features."""
+    ids: torch.Tensor        # [P] long, vision pads already expanded
+    positions: torch.Tensor  # [3, P] long, M-RoPE: time, height, width
+    vision: torch.Tensor     # [V, D] gathered vision tokens; no gradient, but where the tower itself trains
+    grids: list              # (t, h, w) in patches of each run of vision tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# frames -> patches
+
+@dataclass
+class Pixels:
+    """How a checkpoint wants its pixels; read from its own JSON files, never from our memory."""
+    mean: list
+    std: list
+    patch: int        # a patch is patch x patch pixels ...
+    temporal: int     # ... over this many frames
+    merge: int        # merge x merge patches become one vision token
+    min_pixels: int   # of one frame, after resizing
+    max_pixels: int
+
+
+def read_pixels(name):
+    """The `Pixels` of a checkpoint directory or hub name. Raises ValueError where it has no preprocessing file."""
+    for file in ("video_preprocessor_config.json", "processor_config.json", "preprocessor_config.json"):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            continue
+        with open(path) as f:
+            c = json.load(f)
+        c = c.get("video_processor", c)
+        if "image_mean" not in c:
+            continue
+        size = c.get("size") or {}
+        return Pixels(c["image_mean"], c["image_std"], c["patch_size"], c["temporal_patch_size"], c["merge_size"],
+                      size.get("shortest_edge") or c["min_pixels"], size.get("longest_edge") or c["max_pixels"])
+    raise ValueError(f"{name} has no video_preprocessor_config.json, processor_config.json or "
+                     "preprocessor_config.json with image_mean in it; copy the one its authors publish")
+
+
+def frame_size(height, width, px):
+    """The size frames are resized to: both sides whole vision tokens, the area within the checkpoint's bounds.
+
+    >>> frame_size(720, 1280, Pixels([], [], 14, 2, 2, 28 * 28, 112 * 112))
+    (56, 140)
+    """
+    unit = px.patch * px.merge
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"frames of {height} x {width}: sides that differ more than 200 times are not supported")
+    h, w = round(height / unit) * unit, round(width / unit) * unit
+    if h * w > px.max_pixels:
+        shrink = math.sqrt(height * width / px.max_pixels)
+        h, w = (max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width))
+    elif h * w < px.min_pixels:
+        grow = math.sqrt(px.min_pixels / (height * width))
+        h, w = (math.ceil(side * grow / unit) * unit for side in (height, width))
+    return h, w
+
+
+def patchify(frames, px):
+    """Frames to the tower's input, as Qwen2.5-VL orders it: patches of one vision token stand together.
+
+    frames: uint8 [T,H,W,3]; px: `Pixels`. Returns (float32 [t*h*w, 3*temporal*patch*patch], (t, h, w) in patches).
+    An odd last frame is repeated to fill its temporal patch.
+    """
+    x = torch.as_tensor(frames).permute(0, 3, 1, 2)                            # [T, 3, H, W]
+    size = frame_size(x.shape[2], x.shape[3], px)
+    if size != tuple(x.shape[2:]):
+        x = F.interpolate(x, size, mode="bicubic", antialias=True)             # [T, 3, H', W'], uint8 stays uint8
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (px.mean, px.std))
+    x = (x.float() - mean * 255) / (std * 255)
+    short = -len(x) % px.temporal
+    x = torch.cat([x, x[-1:].expand(short, -1, -1, -1)])
+    t, h, w = len(x) // px.temporal, size[0] // px.patch, size[1] // px.patch
+    x = x.view(t, px.temporal, 3, h // px.merge, px.merge, px.patch, w // px.merge, px.merge, px.patch)
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)         # t, h', w', merge, merge, colour, temporal, patch, patch
+    return x.reshape(t * h * w, -1), (t, h, w)
+
+
+def encode_video(model, open_video, ranks):
+    """A video's vision tokens, its frames sharded over the sp ranks.
+
+    open_video() -> `data.Video`. -> (vision [V,D], (t,h,w) in patches, seconds between two frames)
+    """
+    seconds = 0.0
+
+    def open_patches():
+        nonlocal seconds
+        video, px = open_video(), model.pixels
+        seconds = video.seconds
+        h, w = frame_size(video.height, video.width, px)
+        grid = -(-video.frames // px.temporal), h // px.patch, w // px.patch
+
+        def read(lo, hi):
+            return patchify(video.read(lo * px.temporal, min(hi * px.temporal, video.frames)), px)[0]
+
+        return grid, px.merge, read
+
+    return *encode.encode(model.model.visual, open_patches, ranks), seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the prompt
+
+def mrope_positions(ids, pad, grids, merge, interval):
+    """M-RoPE positions of one sequence: a token's place in time, height and width.
+
+    ids: long [P]; pad: the vision pad's id; grids: (t, h, w) in patches of each run of pads, in order;
+    merge: patches a side of one vision token; interval: positions between two temporal patches, which is
+    tokens_per_second * seconds from one temporal patch to the next. Returns long [3, P].
+    Text counts up on all three axes at once. Text after a video continues from 1 + the largest position so far on any
+    axis, as Qwen2.5-VL was trained and vLLM does. (transformers' own get_rope_index continues from the larger of
+    height and width, which puts the question among a long video's own positions.)
+
+    >>> mrope_positions(torch.tensor([7, 9, 9, 7]), 9, [(2, 2, 2)], 2, 4.0)   # two vision tokens, 4 apart in time
+    tensor([[0, 1, 5, 6],
+            [0, 1, 1, 6],
+            [0, 1, 1, 6]])
+    """
+    parts, start, at, grids = [], 0, 0, list(grids)
+    is_pad = (ids == pad).tolist()
+    while at < len(ids):
+        if is_pad[at]:
+            if not grids:
+                raise ValueError("more runs of vision pads in the prompt than grids")
+            t, h, w = grids.pop(0)
+            h, w = h // merge, w // merge
+            time = (torch.arange(t) * torch.tensor(interval, dtype=torch.float32)).long()
+            part = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1) + start
+        else:
+            length = (is_pad + [True]).index(True, at) - at
+            part = torch.arange(start, start + length).expand(3, -1)
+        parts.append(part)
+        at, start = at + part.shape[1], int(part.max()) + 1
+    if grids or at != len(ids):
+        raise ValueError("the vision pads in the prompt do not fill the grids")
+    return torch.cat(parts, dim=1).to(ids.device)                              # [3, P]
+
+
+def tokenize_text(tokenizer, text):
+    """Text by itself, as text: a control token spelled out in it is broken up. Returns a list of ids.
+
+    A question that contains "<|video_pad|>" must become the letters of that word, never the token.
+    """
+    pieces, controls = [text], [t.content for t in tokenizer.added_tokens_decoder.values()]
+    for control in sorted(controls, key=len, reverse=True):
+        halves = []
+        for piece in pieces:
+            first, *rest = piece.split(control)
+            halves.append(first)
+            for part in rest:                              # cut after the control token's first letter
+                halves[-1] += control[0]
+                halves.append(control[1:] + part)
+        pieces = halves
+    ids = [i for piece in pieces if piece for i in tokenizer(piece, add_special_tokens=False).input_ids]
+    bad = [i for i in ids if i in tokenizer.added_tokens_decoder]
+    assert not bad, f"text became control tokens {bad}: {text!r}"
+    return ids
+
+
+def make_prompt(model, tokenizer, question, vision, grid, seconds):
+    """One user turn of the model's chat template: the video, the question, the instruction how to answer.
+
+    vision: [V, D], what `encode.encode` returned for grid (t, h, w); seconds: between two frames.
+    """
+    config, pad = model.config, model.config.video_token_id
+    mark = "\x00"                                          # stands for the user's words, which are tokenized apart
+    turn = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": mark}]}]
+    head, tail = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).split(mark)
+    head = tokenizer(head, add_special_tokens=False).input_ids
+    if head.count(pad) != 1:
+        raise ValueError(f"the chat template gives {head.count(pad)} vision pads for one video, expected one")
+    at, n = head.index(pad), math.prod(grid) // model.pixels.merge ** 2
+    ids = (head[:at] + [pad] * n + head[at + 1:] + tokenize_text(tokenizer, question)
+           + tokenizer("\n" + INSTRUCTION + tail, add_special_tokens=False).input_ids)
+    if len(vision) != n:
+        raise ValueError(f"{n} vision pads but {len(vision)} vision tokens")
+    ids = torch.tensor(ids)
+    interval = config.vision_config.tokens_per_second * seconds * model.pixels.temporal
+    positions = mrope_positions(ids, pad, [grid], model.pixels.merge, interval)
+    return Prompt(ids.to(vision.device), positions.to(vision.device), vision, [grid])
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be used, and why, in one sentence."""
+
+
+def check_length(model, prompt, room):
+    """Raises PromptError where prompt and `room` more tokens do not fit the model. Nothing is ever cut off."""
+    most = model.config.text_config.max_position_embeddings
+    if len(prompt.ids) + room > most:
+        raise PromptError(f"a prompt of {len(prompt.ids)} tokens ({len(prompt.vision)} of them vision) and {room} for the "
+                          f"answer do not fit the model's {most}; lower frames or max_pixels")
+
+
+def splice(model, ids, visions):
+    """Text embeddings with the vision tokens in the pads' places. ids: long [B,S]; visions: a [V,D] each. -> [B,S,D]"""
+    embeds = model.get_input_embeddings()(ids)                                 # [B, S, D]
+    pads, vision = ids == model.config.video_token_id, torch.cat(list(visions))
+    if int(pads.sum()) != len(vision):
+        raise ValueError(f"{int(pads.sum())} vision pads in the sequence but {len(vision)} vision tokens")
+    return embeds.masked_scatter(pads[..., None], vision.to(embeds.dtype))
+
+
+def stop_ids(model, tokenizer):
+    """The ids that end a completion, the end of turn first."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return [tokenizer.eos_token_id] + [i for i in ids if i is not None and i != tokenizer.eos_token_id]
+
+
+def banned_ids(model, tokenizer):
+    """The ids that must never be sampled, as a bool [vocabulary] mask, the same in sampler and trainer.
+
+    Vision pads (one sampled as text breaks the next forward), every other control id that does not end the turn or
+    spell one of our tags, and the padded rows of the vocabulary that no token owns.
+    """
+    banned = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+    banned[len(tokenizer):] = True
+    for i, token in tokenizer.added_tokens_decoder.items():
+        banned[i] = token.special and token.content not in INSTRUCTION
+    banned[stop_ids(model, tokenizer)] = False
+    return banned.to(model.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention over a shared prefix
+
+def layout_attention(module, query, key, value, attention_mask, layout, scaling, **_):
+    """What transformers calls in every decoder layer: hand q, k, v to the layout that the caller passed along.
+
+    query: [B,heads,S,d]; key, value: [B,kv heads,S,d]; layout: a function (layer, q, k, v, scale) -> [B,heads,S,d].
+    """
+    return layout(module.layer_idx, query, key, value, scaling).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("layout", layout_attention)
+AttentionMaskInterface.register("layout", lambda *args, **kwargs: None)        # the layout knows who sees whom
+
+
+class Packed:
+    """Who sees whom in rows of [prefix | completion 1 | ... | completion G], prefixes padded on the right to P.
+
+    Two calls: the prefix over itself, causal; then all completions, in query chunks, over the same keys and values,
+    which are never copied per completion. The masks are built once and shared by all layers.
+    """
+
+    def __init__(self, prefix_lengths, owner, dtype, chunk=1 << 24):
+        """prefix_lengths: long [B]; owner: long [B,C], which completion a position belongs to, -1 for padding;
+        chunk: the most elements of one mask."""
+        self.P, (B, C) = int(prefix_lengths.max()), owner.shape
+        at = torch.arange(C, device=owner.device)
+        real = torch.arange(self.P, device=owner.device) < prefix_lengths[:, None]                 # [B, P]
+        self.chunks, step = [], max(1, chunk // (B * (self.P + C)))
+        for lo in range(0, C, step):
+            hi = min(lo + step, C)
+            own = (owner[:, lo:hi, None] == owner[:, None, :hi]) & (at[lo:hi, None] >= at[:hi])    # [B, q, hi]
+            sees = torch.cat([real[:, None].expand(B, hi - lo, self.P), own], dim=2)[:, None]      # [B, 1, q, P+hi]
+            self.chunks.append((self.P + lo, self.P + hi,
+                                torch.zeros(sees.shape, dtype=dtype, device=owner.device).masked_fill_(~sees, -math.inf)))
+
+    def __call__(self, layer, q, k, v, scale):
+        P = self.P
+        out = [F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True, scale=scale,
+                                              enable_gqa=True)]                # pads stand last: none is seen
+        out += [F.scaled_dot_product_attention(q[:, :, lo:hi], k[:, :, :hi], v[:, :, :hi], attn_mask=mask, scale=scale,
+                                               enable_gqa=True) for lo, hi, mask in self.chunks]
+        return torch.cat(out, dim=2)                                           # [B, heads, P+C, d]
+
+
+def pad_prefixes(prompts):
+    """B prompts, padded on the right. -> ids [B,P] (pads are 0), positions [3,B,P], lengths [B], all long."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([p.ids for p in prompts], batch_first=True)                      # [B, P]
+    positions = pad([p.positions.T for p in prompts], batch_first=True).permute(2, 0, 1)           # [3, B, P]
+    return ids, positions, torch.tensor([len(p.ids) for p in prompts], device=ids.device)
+
+
+def logprobs(model, prompts, completions, banned, head_chunk=2048):
+    """Log-probs of every completion's tokens under the model, the prefix of a group computed once.
+
+    prompts: B `Prompt`s; completions: B lists of long [L] tensors, ragged, each L at least 1; banned: bool [vocabulary].
+    Returns (logprobs [N,L], entropy [N,L] without gradient), float32, N = all completions in order, 0 beyond their end.
+    """
+    ids, positions, lengths = pad_prefixes(prompts)
+    B, P = ids.shape
+    device = ids.device
+
+    # A completion's last token is predicted but never read: it stays out of the sequence.
+    inputs = [torch.cat([c[:-1] for c in group]) for group in completions]
+    owner = [torch.cat([torch.full((len(c) - 1,), g) for g, c in enumerate(group)]) for group in completions]
+    steps = [torch.cat([torch.arange(len(c) - 1) for c in group]) for group in completions]
+    pad = torch.nn.utils.rnn.pad_sequence
+    inputs = pad([x.to(device) for x in inputs], batch_first=True)             # [B, C]
+    owner = pad(owner, batch_first=True, padding_value=-1).to(device)          # [B, C]
+    first = torch.stack([p.positions.max() + 1 for p in prompts])              # [B], where every completion starts
+    own_positions = first[:, None] + pad(steps, batch_first=True).to(device)   # [B, C]
+
+    embeds = splice(model, ids, [p.vision for p in prompts])                   # [B, P, D]
+    embeds = torch.cat([embeds, model.get_input_embeddings()(inputs)], dim=1)  # [B, P+C, D]
+    positions = torch.cat([positions, own_positions.expand(3, -1, -1)], dim=2)                     # [3, B, P+C]
+    hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False,
+                                        layout=Packed(lengths, owner, embeds.dtype)).last_hidden_state
+
+    # Where each token is predicted: the first at the prefix's last position, the others one position before their own.
+    rows, targets = [], []
+    for b, group in enumerate(completions):
+        at = b * (P + inputs.shape[1])
+        last, own = at + len(prompts[b].ids) - 1, at + P
+        for c in group:
+            rows += [last, *range(own, own + len(c) - 1)]
+            own += len(c) - 1
+            targets.append(c.to(device))
+    hidden = hidden.flatten(0, 1)[torch.tensor(rows, device=device)]           # [M, D], completion positions alone
+    targets = torch.cat(targets)                                               # [M]
+
+    # The head, in chunks that are computed again in the backward: no [M, vocabulary] tensor is ever kept.
+    def head(hidden, targets):
+        logp = token_distribution(model, hidden, banned)                       # [m, vocabulary]
+        return logp.gather(1, targets[:, None])[:, 0], torch.special.entr(logp.detach().exp()).sum(1)
+
+    parts = [checkpoint(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(head_chunk), targets.split(head_chunk))]
+    lengths = [len(c) for group in completions for c in group]
+    return tuple(pad(torch.cat(x).split(lengths), batch_first=True) for x in zip(*parts))          # [N, L] each
+
+
+def token_distribution(model, hidden, banned):
+    """The one distribution that sampler and trainer share. hidden [m,D] -> float32 log-probs [m,vocabulary]."""
+    logits = model.get_output_embeddings()(hidden).float()
+    return logits.masked_fill(banned, -math.inf).log_softmax(dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loading and saving
+
+def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
+    """-> (model, tokenizer). name: "tiny", a Hugging Face checkpoint directory, or a hub name.
+
+    The model gains `model.pixels` (see `Pixels`); max_pixels, where not 0, lowers the checkpoint's own bound on a frame.
+    """
+    if name == "tiny":
+        model, tokenizer, pixels = build_tiny(seed)
+    else:
+        if os.path.exists(name) and not os.path.exists(os.path.join(name, "config.json")):
+            raise ValueError(f"{name} is no checkpoint: it has no config.json")
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type != "qwen2_5_vl":
+            raise ValueError(f"{name} is a {config.model_type} model; this code reads qwen2_5_vl checkpoints")
+        model, info = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        missing = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+        if missing:
+            raise ValueError(f"{name}: tensors missing or not expected: {', '.join(missing[:5])} ({len(missing)} in all)")
+        tokenizer, pixels = AutoTokenizer.from_pretrained(name), read_pixels(name)
+    model.set_attn_implementation({"text_config": "layout", "vision_config": "frames_flash"})
+    model.pixels = pixels
+    if max_pixels:
+        model.pixels.max_pixels = min(max_pixels, pixels.max_pixels)
+    return model.to(device=device, dtype=dtype).eval(), tokenizer              # no dropout, in training either
+
+
+def save(model, tokenizer, path):
+    """A checkpoint that transformers and vLLM load as it is: weights, configs, tokenizer, preprocessing."""
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    px = model.pixels
+    shared = {"image_mean": px.mean, "image_std": px.std, "patch_size": px.patch, "temporal_patch_size": px.temporal,
+              "merge_size": px.merge, "size": {"shortest_edge": px.min_pixels, "longest_edge": px.max_pixels}}
+    for file, kind in (("preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor"}),
+                       ("video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"})):
+        with open(os.path.join(path, file), "w") as f:
+            json.dump({**shared, **kind, "processor_class": "Qwen2_5_VLProcessor"}, f, indent=1)
+
+
+TINY_TEMPLATE = """{%- for message in messages -%}
+<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] -%}
+{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>
+{%- elif part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>
+{%- else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+# Words that are one token each in the tiny model; everything else is spelled in bytes, so any text can be read.
+TINY_WORDS = " ".join(f"""{INSTRUCTION} user assistant Describe every moment How many are there When is it done
+Which colour comes right after the last Where Someone collects and needs left right top bottom A B C D want yes no none
+next never red green blue yellow circle square triangle circles squares triangles so the is are of in at to what when
+where which before first time with video {' '.join(map(str, range(100)))}""".split())
+TINY_WORDS += "\n" + TINY_WORDS.replace(" ", "\n") + "<answer></answer></think><answer> A. B. C. D."
+
+
+def build_tiny(seed=0):
+    """A Qwen2.5-VL of one million parameters, from nothing: real architecture, own tokenizer, no download."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokens = Tokenizer(models.BPE())
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokens.train_from_iterator([TINY_WORDS], trainer)
+    controls = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+                "<|image_pad|>", "<|video_pad|>"]
+    tokens.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in controls])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                        chat_template=TINY_TEMPLATE, model_max_length=131072)
+    ids = dict(zip(controls, tokenizer.convert_tokens_to_ids(controls)))
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=131072,
+                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}, initializer_range=0.07,
+                         bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
+                         tie_word_embeddings=False),
+        vision_config=dict(depth=2, hidden_size=64, num_heads=2, intermediate_size=128, patch_size=14,
+                           spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=128, window_size=112, initializer_range=0.07,
+                           fullatt_block_indexes=[1], tokens_per_second=2),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids["<|im_end|>"], ids["<|endoftext|>"]
+    return model, tokenizer, Pixels([0.2] * 3, [0.2] * 3, 14, 2, 2, 28 * 28, 112 * 112)

@@ -1,0 +1,633 @@
+"""
+Teach a vision-language model to reason about long videos. One script, from one CPU to many GPUs.
+
+  laptop, two cores       torchrun --standalone --nproc_per_node=2 train.py
+  your own videos         torchrun --standalone --nproc_per_node=2 train.py --data=my/questions.jsonl --out_dir=out-my
+  one box of 8 GPUs       torchrun --standalone --nproc_per_node=8 train.py --model=Qwen/Qwen2.5-VL-3B-Instruct \\
+                              --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos --frames=256 \\
+                              --dtype=bfloat16 --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 --answer_budget=256
+  two such boxes          the same on each, with --nnodes=2 --node_rank=0 (1 on the other) --master_addr=FIRST_BOX
+                              --master_port=29500 in place of --standalone
+  look at a result        python train.py --mode=eval --model=out/model
+
+Three stages, as in the papers: align (only for a model made from nothing: it learns to see, then its tower is frozen),
+cold start (it learns to write its thinking down, from a teacher), RL (its own answers, verified, make it right).
+Started again with the same out_dir, a run goes on where it stopped.
+"""
+import difflib
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+import data
+import encode
+import grpo
+import model as vlm
+import rewards
+from curriculum import Curriculum, has_signal
+from rollout import Completion, rollout
+
+
+@dataclass
+class Config:
+    # what
+    model: str = "tiny"            # "tiny" (made from nothing), a Hugging Face directory, or a hub name
+    data: str = "toy"              # "toy" (built-in videos), a .jsonl of samples, or a LongVideo-Reason .json
+    eval_data: str = ""            # likewise; empty: the part of data whose videos are held out by a hash
+    video_dir: str = ""            # where relative video paths begin; empty: beside the data file
+    out_dir: str = "out"           # checkpoints, metrics.jsonl, curves.png; a run found here goes on
+    mode: str = "train"            # "train", or "eval": greedy accuracy and pass@k of `model`, one JSON line last
+    seed: int = 0                  # all randomness is a function of seed, step, sample and completion number
+    # where
+    sp: int = 0                    # ranks that share one video; 0: all of this machine; 1: none share
+    dtype: str = "float32"         # of weights and activations; "bfloat16" on GPUs
+    max_tokens: int = 16384        # the most positions in one forward, padding included; lower it if memory runs out
+    # the video
+    frames: int = 32               # a video, evenly spaced in time; fewer where the file has fewer
+    max_pixels: int = 0            # of a frame, after resizing; 0: the checkpoint's own bound
+    # align: describe every moment (a model made from nothing alone)
+    align_steps: int = 300
+    # cold start: the teacher's thoughts
+    sft_steps: int = 160
+    sft_batch: int = 32            # samples a step over all ranks, here and in align
+    sft_lr: float = 1.5e-3         # for a pretrained model 1e-5
+    # RL
+    rl_steps: int = 120
+    prompts_per_step: int = 16     # groups a step over all ranks
+    group_size: int = 8            # G, completions a group
+    updates_per_rollout: int = 2   # optimizer steps over disjoint groups of one rollout; with 1 the clip never acts
+    think_budget: int = 160        # tokens; then </think><answer> is written for the model
+    answer_budget: int = 16        # tokens after that
+    lr: float = 2e-4               # for a pretrained model 1e-6
+    clip_low: float = 0.2
+    clip_high: float = 0.28        # higher than clip_low: keeps rare tokens alive (DAPO; GLM-4.1V)
+    loss_average: str = "sample"   # every completion the same weight, or "token": every token
+    format_weight: float = 0.1     # LongVILA-R1's; 0: the answer alone, as GLM-4.1V
+    warmup: int = 10               # optimizer steps of every stage over which lr rises linearly
+    # looking and keeping
+    eval_every: int = 40           # RL steps; also after the cold start and at the end; 0: never
+    eval_samples: int = 256        # held-out samples, greedy
+    show_every: int = 20           # RL steps between two whole completions on the screen; 0: never
+    save_every: int = 40           # steps of the cold start and RL; also at the end of each stage
+
+
+# What may differ when a run goes on: none of these changes what a step computes, but for how many there are.
+MAY_CHANGE = {"eval_data", "video_dir", "out_dir", "mode", "sp", "max_tokens", "sft_steps", "rl_steps", "eval_every",
+              "eval_samples", "show_every", "save_every"}
+
+
+def parse(arguments):
+    """--key=value arguments over the block above. Unknown keys and wrong types raise ValueError. -> Config"""
+    kinds = {f.name: f.type for f in fields(Config)}
+    chosen = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not key.startswith("--") or not equals:
+            raise ValueError(f"{argument!r}: hyperparameters are given as --key=value")
+        key = key[2:]
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, 1)
+            raise ValueError(f"unknown hyperparameter {key!r}" + (f"; did you mean {near[0]!r}?" if near else
+                             "; they are listed at the top of train.py"))
+        try:
+            chosen[key] = kinds[key](text)
+        except ValueError:
+            raise ValueError(f"--{key}={text}: {key} must be {'an integer' if kinds[key] is int else 'a number'}") from None
+    return Config(**chosen)
+
+
+def check(c, ranks):
+    """The combinations that cannot work, each named before anything is loaded."""
+    if c.mode not in ("train", "eval"):
+        raise ValueError(f'mode is "train" or "eval", not {c.mode!r}')
+    if c.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f'dtype is "float32" or "bfloat16", not {c.dtype!r}')
+    if c.loss_average not in ("sample", "token"):
+        raise ValueError(f'loss_average is "sample" or "token", not {c.loss_average!r}')
+    if c.group_size < 2:
+        raise ValueError(f"group_size = {c.group_size}: a group needs at least 2 completions to compare")
+    if c.group_size % ranks.sp:
+        raise ValueError(f"group_size = {c.group_size} is not divisible by sp = {ranks.sp}: each sp rank samples its share")
+    if c.prompts_per_step % ranks.dp:
+        raise ValueError(f"prompts_per_step = {c.prompts_per_step} is not divisible by the {ranks.dp} dp groups")
+    for key in ("frames", "max_tokens", "sft_batch", "prompts_per_step", "updates_per_rollout", "answer_budget", "save_every"):
+        if getattr(c, key) < 1:
+            raise ValueError(f"{key} = {getattr(c, key)} must be at least 1")
+    for key in ("think_budget", "align_steps", "sft_steps", "rl_steps", "warmup", "eval_every", "eval_samples", "show_every"):
+        if getattr(c, key) < 0:
+            raise ValueError(f"{key} = {getattr(c, key)} must not be negative")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pieces of a step
+
+class Clock:
+    """Seconds by phase: `with clock("encode"): ...`"""
+
+    def __init__(self):
+        self.seconds = {}
+
+    @contextmanager
+    def __call__(self, phase):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def make_prompts(model, tokenizer, samples, c, ranks, cache):
+    """Prompts of samples, each video encoded once. -> (list of (Sample, Prompt), {id: why} of what had to be dropped)
+
+    A video that does not decode and a prompt that is too long are dropped, never replaced and never cut.
+    """
+    made, dropped = [], {}
+    for sample in samples:
+        try:
+            seen = cache.get(sample.video, lambda: vlm.encode_video(
+                model, lambda: data.open_video(sample.video, c.frames), ranks))
+            prompt = vlm.make_prompt(model, tokenizer, sample.question, *seen)
+            vlm.check_length(model, prompt, c.think_budget + c.answer_budget)
+            made.append((sample, prompt))
+        except (data.VideoError, vlm.PromptError) as e:
+            dropped[sample.id] = str(e)
+    return made, dropped
+
+
+def watched_prompts(model, tokenizer, samples, c, ranks):
+    """The same for a tower that still trains: this rank's frames in one call, with gradient, nothing shared or kept."""
+    read, dropped = [], {}
+    for sample in samples:
+        try:
+            video = data.open_video(sample.video, c.frames)
+            read.append((sample, video, *vlm.patchify(video.read(0, video.frames), model.pixels)))
+        except data.VideoError as e:
+            dropped[sample.id] = str(e)
+    if not read:
+        return [], dropped
+    grids = [grid for *_, grid in read]
+    patches, tower = torch.cat([patches for _, _, patches, _ in read]), model.model.visual
+    vision = tower(patches.to(ranks.device, tower.dtype), grid_thw=torch.tensor(grids, device=ranks.device)).pooler_output
+    visions = vision.split([math.prod(grid) // model.pixels.merge ** 2 for grid in grids])
+    return [(s, vlm.make_prompt(model, tokenizer, s.question, x, grid, v.seconds))
+            for (s, v, _, grid), x in zip(read, visions)], dropped
+
+
+def micro_batches(items, cost, most):
+    """Cut (prompt, completions) items into runs whose padded size, rows times the longest row, stays within most."""
+    batch, longest = [], 0
+    for item in items:
+        if batch and (len(batch) + 1) * max(longest, cost(item)) > most:
+            yield batch
+            batch, longest = [], 0
+        batch.append(item)
+        longest = max(longest, cost(item))
+    if batch:
+        yield batch
+
+
+def gather(x, ranks):
+    """x of every rank, as a list in order of rank."""
+    if ranks.world == 1:
+        return [x]
+    every = [None] * ranks.world
+    dist.all_gather_object(every, x)
+    return every
+
+
+def update(model, optimizer, lr, ranks):
+    """Sum the gradients over all ranks, clip their norm at 1, step. -> the norm; not finite: the step was skipped."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if ranks.world > 1:
+            dist.all_reduce(p.grad)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def sft_step(model, tokenizer, prompts, texts, c, ranks, banned):
+    """Loss on each text's tokens alone, their mean over the whole step. Gradients are left to be summed over the ranks."""
+    items = [(p, torch.tensor(tokenizer(text, add_special_tokens=False).input_ids + vlm.stop_ids(model, tokenizer)[:1]))
+             for (_, p), text in zip(prompts, texts)]
+    total, loss = sum(gather(sum(len(tokens) for _, tokens in items), ranks)), 0.0
+    for batch in micro_batches(items, lambda x: len(x[0].ids) + len(x[1]), c.max_tokens):
+        logprobs, _ = vlm.logprobs(model, [p for p, _ in batch], [[t] for _, t in batch], banned)
+        part = -logprobs.sum() / total
+        part.backward()
+        loss += float(part.detach())
+    return sum(gather(loss, ranks))
+
+
+@dataclass
+class Group:
+    """One prompt and its G completions, graded."""
+    slot: int                  # its place among the step's draws
+    sample: data.Sample
+    prompt: vlm.Prompt
+    completions: list          # all G, on every rank of the sp group
+    rewards: list              # of rewards.Reward
+    advantages: torch.Tensor   # [G]
+
+
+def grpo_step(model, groups, c, ranks, banned, divisor):
+    """Backward of the clipped objective over this rank's share of some groups. -> sums of metrics over its tokens.
+
+    The sp ranks of one video each hold G/sp of its completions. Gradients are left to be summed over all ranks.
+    divisor: completions ("sample") or sampled tokens ("token") of the whole optimizer step.
+    """
+    lo, hi = encode.shard(c.group_size, ranks.sp_rank, ranks.sp)
+    items = [(g.prompt, g.completions[lo:hi], g.advantages[lo:hi]) for g in groups]
+    cost = lambda item: len(item[0].ids) + sum(len(x.tokens) for x in item[1])
+    pad = lambda xs: torch.nn.utils.rnn.pad_sequence(xs, batch_first=True).to(ranks.device)
+    sums = {"entropy": 0.0, "gap": 0.0, "gap_max": 0.0, "tokens": 0.0, "clip_low": 0.0, "clip_high": 0.0}
+    for batch in micro_batches(items, cost, c.max_tokens):
+        prompts, completions, advantages = zip(*batch)
+        logprobs, entropy = vlm.logprobs(model, prompts, [[x.tokens for x in xs] for xs in completions], banned)
+        flat = [x for xs in completions for x in xs]
+        old, mask = pad([x.logprobs for x in flat]), pad([x.sampled for x in flat])                # [N, L]
+        loss, metrics = grpo.policy_loss(logprobs, old, torch.cat(advantages).to(ranks.device), mask, c.clip_low,
+                                         c.clip_high, c.loss_average, divisor=divisor)
+        loss.backward()
+        gap = (logprobs.detach() - old)[mask].abs()        # sampler against trainer, on the tokens that were sampled
+        metrics |= {"entropy": float(entropy[mask].sum()), "gap": float(gap.sum()), "gap_max": float(gap.max()) if len(gap) else 0.0}
+        sums = {k: max(v, metrics[k]) if k == "gap_max" else v + metrics[k] for k, v in sums.items()}
+    return sums
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+def evaluate(model, tokenizer, samples, c, ranks, cache, k=0):
+    """Greedy accuracy and format on held-out samples, per domain too; with k, pass@1 and pass@k of k sampled answers.
+
+    Samples are dealt over the dp groups. One that cannot be read is dropped and counted. -> dict on every rank
+    """
+    rows, made, dropped = [], [], {}
+    share = list(range(ranks.dp_rank, len(samples), ranks.dp))
+    made, dropped = make_prompts(model, tokenizer, [samples[i] for i in share], c, ranks, cache)
+    budgets = {"think_budget": c.think_budget, "answer_budget": c.answer_budget}
+    # Greedy decoding has nothing to share out in a group: each sp rank takes its own part of the prompts.
+    alone = encode.Ranks(device=ranks.device)
+    mine = made[ranks.sp_rank::ranks.sp]
+    greedy = rollout(model, tokenizer, [p for _, p in mine], [[("greedy",)] for _ in mine], alone, c.max_tokens, greedy=True, **budgets)
+    keys = [[(c.seed, "eval", s.id, n) for n in range(k)] for s, _ in mine]
+    sampled = rollout(model, tokenizer, [p for _, p in mine], keys, alone, c.max_tokens, **budgets) if k else [[] for _ in mine]
+    for (s, _), [x], xs in zip(mine, greedy, sampled):
+        graded = rewards.score(x.text, s.answer, s.domain, c.format_weight)
+        right = sum(rewards.score(y.text, s.answer, s.domain, c.format_weight).accuracy for y in xs)
+        rows.append((s.domain, graded.accuracy, graded.format, x.forced, right))
+    rows = [row for part in gather(rows, ranks) for row in part]
+    lost = {id: why for part in gather(dropped, ranks) for id, why in part.items()}
+    if not rows:
+        raise ValueError(f"no sample could be evaluated ({len(lost)} dropped: {next(iter(lost.values()), 'none given')})")
+    mean = lambda xs: sum(xs) / len(xs)
+    result = {"samples": len(rows), "dropped": len(lost), "accuracy": mean([r[1] for r in rows]), "format": mean([r[2] for r in rows]),
+              "forced": mean([float(r[3]) for r in rows])}
+    if k:
+        result |= {"pass@1": mean([r[4] / k for r in rows]), f"pass@{k}": mean([float(r[4] > 0) for r in rows])}
+    result["domains"] = {d: mean([r[1] for r in rows if r[0] == d]) for d in sorted({r[0] for r in rows})}
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def newest(out_dir):
+    """The directory of the newest whole checkpoint in out_dir, or None."""
+    link = os.path.join(out_dir, "model")
+    return os.path.realpath(link) if os.path.exists(link) else None
+
+
+def save(out_dir, model, tokenizer, state):
+    """Write ckpt-N whole under another name, sync it, rename it; then move the link `model`. At no moment is the last
+    good checkpoint gone. Raises OSError where the disk is full, the half-written directory removed."""
+    name = f"ckpt-{state['step']}"
+    half, whole, link = (os.path.join(out_dir, x) for x in (name + ".tmp", name, "model"))
+    shutil.rmtree(half, ignore_errors=True)
+    try:
+        os.makedirs(half)
+        vlm.save(model, tokenizer, half)
+        torch.save(state, os.path.join(half, "training_state.pt"))
+        for folder, _, files in os.walk(half):
+            for path in [os.path.join(folder, f) for f in files] + [folder]:
+                with_fd = os.open(path, os.O_RDONLY)
+                os.fsync(with_fd)
+                os.close(with_fd)
+        shutil.rmtree(whole, ignore_errors=True)           # a leftover that the link never pointed to
+        os.rename(half, whole)
+        os.symlink(name, link + ".tmp")
+        os.replace(link + ".tmp", link)
+    except (OSError, SafetensorError, RuntimeError) as e:  # torch.save says RuntimeError for a full disk
+        shutil.rmtree(half, ignore_errors=True)
+        raise OSError(f"could not write checkpoint {whole}: {e}. The last good one is {newest(out_dir) or 'none'}; "
+                      "make room and start again with the same out_dir") from e
+    for old in os.listdir(out_dir):                        # the one before stays, in case this one's disk dies
+        number = old.removeprefix("ckpt-")
+        if old.startswith("ckpt-") and number.isdigit() and int(number) not in (state["step"], state["previous"]):
+            shutil.rmtree(os.path.join(out_dir, old))
+
+
+def check_same_run(c, saved, where):
+    """A run goes on only with the configuration it was started with, but for the keys in MAY_CHANGE."""
+    differ = [k for k, v in asdict(c).items() if k not in MAY_CHANGE and saved.get(k) != v]
+    if differ:
+        what = ", ".join(f"{k} = {saved.get(k)!r} there, {getattr(c, k)!r} here" for k in differ)
+        raise ValueError(f"{where} belongs to another configuration: {what}. Choose another --out_dir, or give the same values")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+
+def main(c):
+    ranks = encode.start(c.sp)
+    check(c, ranks)
+    say = tqdm.write if ranks.rank == 0 else lambda *_: None
+    for key, value in asdict(c).items():
+        if value != getattr(Config(), key):
+            say(f"{key} = {value}")
+
+    samples = data.load(c.data, c.video_dir)
+    train, held = (samples, data.load(c.eval_data, c.video_dir)) if c.eval_data else data.split(samples)
+    held = held[:c.eval_samples]
+    by_id = {s.id: s for s in train}
+    cache = encode.Cache()
+
+    if c.mode == "eval":
+        model, tokenizer = vlm.load(c.model, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
+        result = evaluate(model, tokenizer, held, c, ranks, cache, k=c.group_size)
+        if ranks.rank == 0:
+            print(json.dumps(result), flush=True)
+        return
+
+    # Load: from the newest checkpoint of this run, or else from the start.
+    os.makedirs(c.out_dir, exist_ok=True)
+    log_file, found = os.path.join(c.out_dir, "metrics.jsonl"), newest(c.out_dir)
+    state = {"step": 0, "previous": 0, "lines": 0, "done": {"align": 0, "sft": 0, "rl": 0}, "config": asdict(c)}
+    if found:
+        state = torch.load(os.path.join(found, "training_state.pt"), weights_only=False, map_location="cpu")
+        check_same_run(c, state["config"], found)
+        say(f"going on from {found}: {', '.join(f'{n} {stage} steps' for stage, n in state['done'].items())} done")
+    elif os.path.exists(log_file):
+        raise ValueError(f"{log_file} is there but no checkpoint is: choose another --out_dir, or remove it")
+    model, tokenizer = vlm.load(found or c.model, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
+    banned, tower = vlm.banned_ids(model, tokenizer), model.model.visual
+    lines = []
+    if ranks.rank == 0:                                    # what was logged after the checkpoint will be logged again
+        if found:
+            with open(log_file) as f:
+                lines = f.readlines()[:state["lines"]]
+        with open(log_file + ".tmp", "w") as f:
+            f.writelines(lines)
+        os.replace(log_file + ".tmp", log_file)
+
+    def log(stage, step, **values):
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        state["lines"] += 1
+        if ranks.rank == 0:
+            lines.append(json.dumps({"step": step, "stage": stage, **values, "peak_mb": round(peak / 2 ** 20)}) + "\n")
+            with open(log_file, "a") as f:
+                f.write(lines[-1])
+
+    def keep(stage, step, optimizer, curriculum):
+        """A checkpoint: rank 0 writes, all hear whether it could."""
+        state["done"][stage] = step
+        state["previous"], state["step"] = state["step"], sum(state["done"].values())
+        state.update(optimizer=optimizer.state_dict(), curriculum=curriculum.state_dict(), stage=stage)
+        error = None
+        if ranks.rank == 0:
+            draw_curves(lines, os.path.join(c.out_dir, "curves.png"))
+            try:
+                save(c.out_dir, model, tokenizer, state)
+            except OSError as e:
+                error = e
+        error = gather(error, ranks)[0]
+        if error:
+            raise error
+
+    def drop(curriculum, dropped):
+        """Samples that cannot be used are named, counted, and not drawn again."""
+        for id, why in {id: why for part in gather(dropped, ranks) for id, why in part.items()}.items():
+            if id not in curriculum.dropped:
+                curriculum.drop(id, why)
+                say(f"dropped {id}: {why} ({len(curriculum.dropped)} dropped so far)")
+
+    def begin(stage, steps, lr, ids, why_none):
+        """What every stage starts with: its optimizer, its curriculum, its bar, its first step."""
+        if state["done"][stage] >= steps:
+            return None
+        if not ids:
+            say(f"{stage}: skipped, {why_none}")
+            return None
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, (0.9, 0.95), weight_decay=0.0)
+        curriculum = Curriculum(ids, f"{c.seed} {stage}")
+        if state["done"][stage]:
+            optimizer.load_state_dict(state["optimizer"])
+            curriculum.load_state_dict(state["curriculum"])
+        bar = tqdm(total=steps, initial=state["done"][stage], desc=stage, disable=ranks.rank != 0, dynamic_ncols=True)
+        return optimizer, curriculum, bar, range(state["done"][stage], steps)
+
+    bad_in_a_row = 0
+
+    def count_skipped(norm):
+        nonlocal bad_in_a_row
+        bad_in_a_row = 0 if math.isfinite(norm) else bad_in_a_row + 1
+        if bad_in_a_row == 10:
+            raise ValueError("ten steps in a row had a gradient that is not finite; lower lr or sft_lr")
+        return int(not math.isfinite(norm))
+
+    def look(stage, step):
+        """Greedy accuracy on held-out samples, for the log."""
+        if not (c.eval_every and held):
+            return {}
+        result = evaluate(model, tokenizer, held, c, ranks, cache)
+        say(f"{stage} {step}: held-out accuracy {result['accuracy']:.1%}, format {result['format']:.1%}, "
+            + ", ".join(f"{d} {a:.1%}" for d, a in result["domains"].items()) + f" ({result['samples']} samples)")
+        return {"eval_accuracy": result["accuracy"], "eval_format": result["format"]}
+
+    # Align and cold start: next-token loss on given texts. Only a tower made from nothing trains, and only here.
+    made = c.model == "tiny"
+    tower.requires_grad_(made)
+    taught = [s.id for s in train if s.thought]
+    for stage, steps in (("align", c.align_steps if made else 0), ("sft", c.sft_steps)):
+        started = begin(stage, steps, c.sft_lr, taught if stage == "sft" else ["any"], "no sample has a thought to learn from")
+        if not started:
+            continue
+        optimizer, curriculum, bar, todo = started
+        for step in todo:
+            start = time.perf_counter()
+            if stage == "align":
+                batch = [data.toy_description(c.seed, step * c.sft_batch + i, step / steps) for i in range(c.sft_batch)]
+            else:
+                batch = [by_id[id] for id in curriculum.draw(c.sft_batch)]
+            if made:
+                prompts, dropped = watched_prompts(model, tokenizer, batch[ranks.rank::ranks.world], c, ranks)
+            else:                                          # the sp ranks encode together, then each trains on its part
+                prompts, dropped = make_prompts(model, tokenizer, batch[ranks.dp_rank::ranks.dp], c, ranks, cache)
+                prompts = prompts[ranks.sp_rank::ranks.sp]
+            texts = [s.thought if stage == "align" else data.taught_text(s) for s, _ in prompts]
+            drop(curriculum, dropped)
+            loss = sft_step(model, tokenizer, prompts, texts, c, ranks, banned)
+            fall = max(0.1, 1 - step / steps)              # linearly to a tenth
+            norm = update(model, optimizer, c.sft_lr * min(1, (step + 1) / max(1, c.warmup)) * fall, ranks)
+            log(stage, step + 1, loss=loss, grad_norm=norm, skipped=count_skipped(norm), dropped=len(curriculum.dropped),
+                train_s=time.perf_counter() - start)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update()
+            if step + 1 == steps and stage == "sft":
+                bar.close()
+                tower.requires_grad_(False)
+                log("sft", steps, **look("cold start", steps))
+            if step + 1 == steps or (step + 1) % c.save_every == 0:
+                keep(stage, step + 1, optimizer, curriculum)
+        bar.close()
+    tower.requires_grad_(False)
+
+    # RL.
+    started = begin("rl", c.rl_steps, c.lr, list(by_id), "no training sample is left")
+    if started:
+        optimizer, curriculum, bar, todo = started
+        for step in todo:
+            record = rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, banned, cache, drop, count_skipped, say)
+            if c.eval_every and ((step + 1) % c.eval_every == 0 or step + 1 == c.rl_steps):
+                record |= look("RL", step + 1)
+            log("rl", step + 1, **record)
+            bar.set_postfix_str(f"reward {record['reward']:.2f} accuracy {record['accuracy']:.2f} "
+                                f"valid {record['valid_groups']}/{c.prompts_per_step}", refresh=False)
+            bar.update()
+            if step + 1 == c.rl_steps or (step + 1) % c.save_every == 0:
+                keep("rl", step + 1, optimizer, curriculum)
+        bar.close()
+    say(f"done: {c.out_dir}/model, {c.out_dir}/metrics.jsonl, {c.out_dir}/curves.png")
+
+
+def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, banned, cache, drop, count_skipped, say):
+    """One step of RL: draw, encode, roll out, grade, and updates_per_rollout optimizer steps. -> what is logged"""
+    clock = Clock()
+
+    # Draw. Every rank knows all the draws; each dp group works on its own.
+    drawn = [by_id[id] for id in curriculum.draw(c.prompts_per_step)]
+    slots = range(ranks.dp_rank, len(drawn), ranks.dp)
+    with clock("encode"):
+        made, dropped = make_prompts(model, tokenizer, [drawn[i] for i in slots], c, ranks, cache)
+    slots = [i for i in slots if drawn[i].id not in dropped]
+    drop(curriculum, dropped)
+
+    # Roll out and grade. A sample drawn twice in a step gets other random numbers the second time.
+    again = {i: sum(s.id == drawn[i].id for s in drawn[:i]) for i in slots}
+    keys = [[(c.seed, step, drawn[i].id, again[i] * c.group_size + n) for n in range(c.group_size)] for i in slots]
+    with clock("rollout"):
+        answers = rollout(model, tokenizer, [p for _, p in made], keys, ranks, c.max_tokens,
+                          think_budget=c.think_budget, answer_budget=c.answer_budget)
+    groups, stats = [], {}
+    for i, (sample, prompt), xs in zip(slots, made, answers):
+        graded = [rewards.score(x.text, sample.answer, sample.domain, c.format_weight) for x in xs]
+        groups.append(Group(i, sample, prompt, xs, graded, grpo.advantages(torch.tensor([g.total for g in graded]))))
+        stats[i] = [(g.total, g.accuracy, g.format, len(x.tokens), int(x.sampled.sum()), x.forced, x.truncated)
+                    for g, x in zip(graded, xs)]
+    stats = {i: rows for part in gather(stats, ranks) for i, rows in part.items()}             # of all dp groups
+    accuracies = {i: [row[1] for row in rows] for i, rows in sorted(stats.items())}
+    for i, a in accuracies.items():
+        curriculum.update(drawn[i].id, sum(a), len(a))
+    valid = [i for i, a in accuracies.items() if has_signal(a)]
+
+    # Learn: disjoint groups in each optimizer step; the divisors are those of the whole step over all ranks.
+    sums, norms, skipped, first = {}, [], 0, None
+    updates = min(c.updates_per_rollout, len(valid))
+    with clock("train"):
+        for u in range(updates):
+            lo, hi = encode.shard(len(valid), u, updates)
+            part = valid[lo:hi]
+            divisor = len(part) * c.group_size if c.loss_average == "sample" else sum(row[4] for i in part for row in stats[i])
+            mine = grpo_step(model, [g for g in groups if g.slot in part], c, ranks, banned, divisor)
+            every = gather(mine, ranks)
+            total = {k: (max if k == "gap_max" else sum)(m[k] for m in every) for k in mine}
+            first = first or total                         # before any update the sampler is the trainer
+            sums = {k: sums.get(k, 0.0) + v for k, v in total.items()}
+            warm = min(1, (step * c.updates_per_rollout + u + 1) / max(1, c.warmup))
+            norms.append(update(model, optimizer, c.lr * warm, ranks))
+            skipped += count_skipped(norms[-1])
+    if not updates:
+        say(f"RL {step + 1}: no group has answers that differ in accuracy; nothing to learn from, step skipped")
+
+    if c.show_every and step % c.show_every == 0 and groups:
+        g = groups[0]
+        say(f"\n--- RL {step + 1}, {g.sample.id}: {g.sample.question}\n{g.completions[0].text}\n"
+            f"--- right: {g.sample.answer}; reward {g.rewards[0].total:.2f}; the group's rewards "
+            + " ".join(f"{r.total:.1f}" for r in g.rewards) + "\n")
+    rows = [row for i in stats for row in stats[i]]
+    mean = lambda xs: sum(xs) / len(xs) if xs else 0.0
+    tokens = max(1.0, sums.get("tokens", 0.0))
+    return {**{k: mean([float(row[n]) for row in rows]) for n, k in
+               ((0, "reward"), (1, "accuracy"), (2, "format"), (3, "length"), (5, "forced"), (6, "truncated"))},
+            "entropy": sums.get("entropy", 0.0) / tokens, "clip_low": sums.get("clip_low", 0.0) / tokens,
+            "clip_high": sums.get("clip_high", 0.0) / tokens, "valid_groups": len(valid), "oversample": 1.0,
+            "sampler_gap": first["gap"] / max(1.0, first["tokens"]) if first else 0.0,
+            "sampler_gap_max": first["gap_max"] if first else 0.0, "skipped": skipped, "dropped": len(curriculum.dropped),
+            "grad_norm": mean(norms), **{f"{k}_s": round(v, 4) for k, v in clock.seconds.items()}}
+
+
+def draw_curves(lines, path):
+    """metrics.jsonl as a picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [json.loads(line) for line in lines]
+    rl = [r for r in rows if r["stage"] == "rl"]
+    taught = [r for r in rows if r["stage"] != "rl" and "loss" in r]
+    if not rows:
+        return
+    fig, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    x = [r["step"] for r in rl]
+
+    def panel(axis, title, *keys, smooth=False):
+        for key in keys:
+            axis.plot(x, [r[key] for r in rl], label=key, linewidth=1)
+        axis.set(title=title, xlabel="RL step")
+        axis.legend(fontsize=8, frameon=False)
+
+    axes[0, 0].plot([r["loss"] for r in taught], linewidth=1)
+    axes[0, 0].set(title="loss: align, then cold start", xlabel="step", yscale="log")
+    panel(axes[0, 1], "sampled answers", "reward", "accuracy", "format")
+    seen = [(0 if r["stage"] == "sft" else r["step"], r["eval_accuracy"]) for r in rows if "eval_accuracy" in r]
+    axes[0, 2].plot(*zip(*seen) if seen else ([], []), "o-")
+    axes[0, 2].set(title="held-out accuracy, greedy", xlabel="RL step (0: after the cold start)", ylim=(0, 1))
+    panel(axes[1, 0], "tokens an answer", "length")
+    panel(axes[1, 1], "entropy; forced answers", "entropy", "forced")
+    if rl:
+        axes[1, 2].stackplot(x, *([r.get(k, 0.0) for r in rl] for k in ("encode_s", "rollout_s", "train_s")),
+                             labels=["encode", "rollout", "train"])
+        axes[1, 2].legend(fontsize=8, frameon=False)
+    axes[1, 2].set(title="seconds a step", xlabel="RL step")
+    fig.savefig(path + ".tmp", dpi=100, format="png")
+    plt.close(fig)
+    os.replace(path + ".tmp", path)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(sys.argv[1:]))
+    except (ValueError, OSError) as e:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)                                  # rank 0 says the same, and torchrun then ends us all
+        sys.exit(f"train.py: {e}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
