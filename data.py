@@ -447,7 +447,7 @@ class Story:
 
 def toy_story(seed):
     rng = random.Random(f"story {seed}")
-    category, n = rng.choice(CATEGORIES), rng.randint(6, 12)
+    category, n = rng.choice(CATEGORIES), rng.randint(5, 10)
     want = rng.choice(list(COLOURS)), "triangle" if rng.random() < TRIANGLES else rng.choice(SHAPES[:2])
     colour, shape = want
 
@@ -478,7 +478,7 @@ def toy_story(seed):
     question, domain = {
         "temporal": (f"Which colour comes right after the last {colour} {shape}?", "open"),
         "goal": (f"Someone collects {colour} {shape}s and needs {need}. When is it done?", "count"),
-        "spatial": (f"Where is the last {colour} {shape}? A. left B. right C. top D. bottom", "choice"),
+        "spatial": (f"Where is the last {colour} {shape}?", "open"),
         "plot": (f"How many {colour} {shape}s are there?", "count"),
     }[category]
 
@@ -490,11 +490,12 @@ def toy_story(seed):
             if category == "temporal":
                 state = "next" if match else c if state == "next" else state
             elif category == "spatial":
-                state = "ABCD"[list(PLACES).index(p)] if match else state
+                state = p if match else state
             else:
                 state = str(count)
-            lines.append(f"{i} {c} {colour} {'yes' if c == colour else 'no'} "
-                         f"{s} {shape} {'yes' if s == shape and i not in overlooked else 'no'} {state}")
+            same = c == colour                             # what is seen stands beside what is asked; then: the same or not
+            lines.append(f"{i} {c} {colour} {'yes' if same else 'no'} " + same * f"{s} {shape} {'yes' if match else 'no'} "
+                         + state)
             if category == "goal" and count == need:
                 return "\n".join(lines), str(i)
         if category == "goal":
@@ -510,11 +511,11 @@ def toy_story(seed):
 def toy_description(seed, number, progress):
     """What the alignment stage teaches the tiny model's eyes: every moment of a video, a line each.
 
-    number: which one; progress in [0,1]: the videos grow from one moment to twelve over the first half of the stage.
+    number: which one; progress in [0,1]: the videos grow from one moment to ten over the first half of the stage.
     Their stories are none that `load` has, so that nothing held out is ever seen. -> `Sample`, the text its thought
     """
     seed = TOYS + seed * 10 ** 7 + number
-    n = random.Random(f"moments {seed}").randint(1, 1 + int(11 * min(1, 2 * progress)))
+    n = random.Random(f"moments {seed}").randint(1, 1 + int(9 * min(1, 2 * progress)))
     lines = [f"{i} {c} {s} {p}" for i, (c, s, p) in enumerate(toy_story(seed).events[:n])]
     return Sample(f"describe-{seed}", "Describe every moment.", "", "open", f"toy:{seed}:{n}", "\n".join(lines))
 

@@ -67,7 +67,7 @@ class Config:
     prompts_per_step: int = 16     # groups a step over all ranks
     group_size: int = 8            # G, completions a group
     updates_per_rollout: int = 2   # optimizer steps over disjoint groups of one rollout; with 1 the clip never acts
-    think_budget: int = 160        # tokens; then </think><answer> is written for the model
+    think_budget: int = 96         # tokens; then </think><answer> is written for the model
     answer_budget: int = 16        # tokens after that
     lr: float = 2e-4               # for a pretrained model 1e-6
     clip_low: float = 0.2
@@ -184,15 +184,16 @@ def watched_prompts(model, tokenizer, samples, c, ranks):
             for (s, v, _, grid), x in zip(read, visions)], dropped
 
 
-def micro_batches(items, cost, most):
-    """Cut (prompt, completions) items into runs whose padded size, rows times the longest row, stays within most."""
-    batch, longest = [], 0
+def micro_batches(items, cost, most, padded=True):
+    """Cut items, in order, into runs that cost no more than most; padded: as many times the longest as there are items."""
+    batch, total = [], 0
     for item in items:
-        if batch and (len(batch) + 1) * max(longest, cost(item)) > most:
+        longer = (len(batch) + 1) * max([cost(x) for x in batch] + [cost(item)]) if padded else total + cost(item)
+        if batch and longer > most:
             yield batch
-            batch, longest = [], 0
+            batch, longer = [], cost(item)
         batch.append(item)
-        longest = max(longest, cost(item))
+        total = longer
     if batch:
         yield batch
 
@@ -212,8 +213,12 @@ def update(model, optimizer, lr, ranks):
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-        if ranks.world > 1:
-            dist.all_reduce(p.grad)
+    if ranks.world > 1:                                    # a few large messages: many small ones cost more than the sums
+        for bucket in micro_batches([p.grad for p in parameters], lambda g: g.numel(), 1 << 24, padded=False):
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            for g, summed in zip(bucket, flat.split([g.numel() for g in bucket])):
+                g.copy_(summed.view_as(g))
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
@@ -385,8 +390,6 @@ def main(c):
         state = torch.load(os.path.join(found, "training_state.pt"), weights_only=False, map_location="cpu")
         check_same_run(c, state["config"], found)
         say(f"going on from {found}: {', '.join(f'{n} {stage} steps' for stage, n in state['done'].items())} done")
-    elif os.path.exists(log_file):
-        raise ValueError(f"{log_file} is there but no checkpoint is: choose another --out_dir, or remove it")
     model, tokenizer = vlm.load(found or c.model, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
     banned, tower = vlm.banned_ids(model, tokenizer), model.model.visual
     lines = []
