@@ -528,13 +528,13 @@ def toy_frames(seed):
     frames[:] = rng.integers(15, 60, 3)
     for t, frame in enumerate(frames):
         colour, shape, place = story.events[t // 2]
-        dx, dy = x - PLACES[place][0] - rng.integers(-1, 2), y - PLACES[place][1] - rng.integers(-1, 2)
-        inside = {"circle": dx ** 2 + dy ** 2 <= 22, "square": np.maximum(abs(dx), abs(dy)) <= 4,
+        dx, dy = x - PLACES[place][0], y - PLACES[place][1]
+        inside = {"circle": abs(dx ** 2 + dy ** 2 - 18) <= 9, "square": np.maximum(abs(dx), abs(dy)) <= 4,
                   "triangle": (dy >= -5) & (dy <= 4) & (2 * abs(dx) <= dy + 5)}[shape]
         frame[inside] = np.clip(np.array(COLOURS[colour]) + rng.integers(-25, 26, 3), 0, 255)
         ones, tens = (t // 2) % 10, (t // 2) // 10
-        frame[1:3, 4 + 2 * ones:6 + 2 * ones] = 255        # seconds, along the top
-        frame[4 + 2 * tens:6 + 2 * tens, 1:3] = 255        # tens of seconds, down the left
+        frame[:5, 4 + 2 * ones:6 + 2 * ones] = 255         # seconds, along the top
+        frame[6 + 2 * tens:8 + 2 * tens, :3] = 255         # tens of seconds, down the left
     return frames
 
 
@@ -557,3 +557,39 @@ def toy_sample(seed):
     s = toy_story(seed)
     thought, answer = s.taught
     return Sample(f"toy-{s.category}-{seed}", s.question, s.answer, s.domain, f"toy:{seed}", thought, answer)
+
+
+def draw_sheet(path, seeds=(41, 49, 48, 27)):
+    """A picture of built-in videos, one a category: every event, the question, the reasoning, what the teacher missed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(len(seeds), 10, figsize=(14, 3.2 * len(seeds)))
+    fig.subplots_adjust(left=0.01, right=0.99, top=0.95, bottom=0.09, hspace=0.95, wspace=0.08)
+    for row, seed in zip(axes, seeds):
+        story, film = toy_story(seed), toy_frames(seed)[::2]
+        right, taught = (text.split("\n") for text in (story.thought, story.taught[0]))
+        row[0].text(0, 1.14, f"{story.category}: {story.question}   Right: {story.answer}.", fontsize=12, weight="bold",
+                    transform=row[0].transAxes)
+        row[9].text(1, 1.14, f"The teacher says: {story.taught[1]}", fontsize=12, color="firebrick", ha="right",
+                    transform=row[9].transAxes)
+        for i, axis in enumerate(row):
+            axis.axis("off")
+            axis.set_box_aspect(1)
+            if i >= len(film):
+                continue
+            axis.imshow(film[i])
+            if i >= len(right):                            # a goal is reached: nothing more to think about
+                continue
+            words = re.sub(r" (yes|no) ", r" \1\n", right[i].replace(" ", "\n", 1))
+            axis.text(0, -0.05, words, va="top", fontsize=8, transform=axis.transAxes)
+            if " triangle yes " in right[i] and " triangle no " in taught[i]:
+                axis.text(0, -0.75, "overlooked", va="top", fontsize=9, color="firebrick", transform=axis.transAxes)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    fig.savefig(path, dpi=70)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    draw_sheet(os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "toy.png"))
+    print("assets/toy.png")

@@ -57,7 +57,7 @@ class Config:
     frames: int = 32               # a video, evenly spaced in time; fewer where the file has fewer
     max_pixels: int = 0            # of a frame, after resizing; 0: the checkpoint's own bound
     # align: describe every moment (a model made from nothing alone)
-    align_steps: int = 300
+    align_steps: int = 280
     # cold start: the teacher's thoughts
     sft_steps: int = 160
     sft_batch: int = 32            # samples a step over all ranks, here and in align

@@ -1,0 +1,615 @@
+"""python -m pytest tests/test_rollout.py -q
+
+Sampling: the torch engine against transformers, against the trainer, and against itself in other batches, parts of a
+group and processes; forced answering, on tokens that the tests choose; the command line. The model is the tiny one, its
+head made three times as sharp so that a wrong log-prob shows.
+"""
+import copy
+import itertools
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import data
+import encode
+import model as vlm
+import rollout
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a model, some prompts, and transformers' own way to the same numbers
+
+def sharp_tiny():
+    model, tokenizer = vlm.load("tiny")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(3)
+    return model, tokenizer
+
+
+def ask(model, tokenizer, video, frames, question):
+    """-> (prompt, the arguments with which transformers sees the same: pixels, grid, our positions)"""
+    video = data.open_video(video, frames)
+    vision, grid, seconds = vlm.encode_video(model, lambda: video, encode.Ranks())
+    prompt = vlm.make_prompt(model, tokenizer, question, vision, grid, seconds)
+    pixels, grid = vlm.patchify(video.read(0, video.frames), model.pixels)
+    return prompt, {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([grid])}
+
+
+def three_prompts(model, tokenizer):
+    """Three prompts of three lengths."""
+    return [ask(model, tokenizer, *what) for what in (
+        ("toy:3", 8, "How many?"), ("toy:5", 13, "Which colour comes right after the last red circle? Where is it?"),
+        ("toy:1", 4, "When is it done?"))]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return sharp_tiny()
+
+
+@pytest.fixture(scope="module")
+def asked(tiny):
+    return three_prompts(*tiny)
+
+
+@pytest.fixture(scope="module")
+def prompts(asked):
+    lengths = [len(prompt.ids) for prompt, _ in asked]
+    assert len(set(lengths)) == 3, lengths
+    return [prompt for prompt, _ in asked]
+
+
+@pytest.fixture
+def endings(tiny, monkeypatch):
+    """Every ninth id ends a completion too, so that completions end by themselves, at many lengths."""
+    model, tokenizer = tiny
+    ends = [tokenizer.eos_token_id, *range(1, 680, 9)]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    return ends
+
+
+@contextmanager
+def stock(model):
+    """transformers' own attention, in the language model and in the vision tower."""
+    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
+    yield
+    model.set_attn_implementation({"text_config": "layout", "vision_config": "frames_flash"})
+
+
+@torch.no_grad()
+def recomputed(model, prompt, inputs, tokens, banned):
+    """Log-probs of a completion's tokens by one whole forward of transformers over prompt and completion, no cache."""
+    ids = torch.cat([prompt.ids, tokens])
+    more = prompt.positions.max() + 1 + torch.arange(len(tokens)).expand(3, -1)
+    positions = torch.cat([prompt.positions, more], dim=1)
+    with stock(model):
+        logits = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], position_ids=positions[:, None],
+                       use_cache=False, **inputs).logits[0, len(prompt.ids) - 1:-1]
+    return logits.masked_fill(banned, -torch.inf).log_softmax(1).gather(1, tokens[:, None])[:, 0]
+
+
+def keys(N, G, name="k"):
+    return [[(name, n, g) for g in range(G)] for n in range(N)]
+
+
+def flat(groups):
+    return [completion for group in groups for completion in group]
+
+
+def same(a, b):
+    """The same tokens, and log-probs that differ by no more than the arithmetic of another batch shape."""
+    assert [x.tokens.tolist() for x in a] == [x.tokens.tolist() for x in b]
+    for x, y in zip(a, b):
+        assert torch.equal(x.sampled, y.sampled) and (x.text, x.forced, x.truncated) == (y.text, y.forced, y.truncated)
+        torch.testing.assert_close(x.logprobs, y.logprobs, atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the torch engine against transformers and against the trainer
+
+def by_generate(model, prompt, inputs, tokens, banned):
+    return model.generate(input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids)[None],
+                          position_ids=prompt.positions[:, None], max_new_tokens=tokens, do_sample=False,
+                          suppress_tokens=banned.nonzero().flatten().tolist(), **inputs)[0, len(prompt.ids):].tolist()
+
+
+@torch.no_grad()
+def by_hand(model, prompt, inputs, tokens, banned):
+    cache, ids, positions, said = DynamicCache(config=model.config.text_config), prompt.ids, prompt.positions, []
+    first = int(positions.max()) + 1
+    while len(said) < tokens and (not said or said[-1] not in model.generation_config.eos_token_id):
+        logits = model(input_ids=ids[None], position_ids=positions[:, None], past_key_values=cache, use_cache=True,
+                       **inputs).logits[0, -1]
+        said.append(int(logits.masked_fill(banned, -torch.inf).argmax()))
+        ids, positions, inputs = torch.tensor(said[-1:]), torch.full((3, 1), first + len(said) - 1), {}
+    return said
+
+
+@pytest.mark.parametrize("reference", [by_generate, by_hand])
+def test_greedy_is_what_transformers_writes_under_our_positions(tiny, asked, monkeypatch, reference):
+    """Ragged prompts in one batch; one completion is made to end in its middle, the others run to their budget."""
+    model, tokenizer = tiny
+    [[plain]] = rollout.sample(model, tokenizer, [asked[0][0]], keys(1, 1), 30, 0, greedy=True)
+    end = next(t for i, t in enumerate(plain.tokens[:30].tolist()) if i > 8 and t not in plain.tokens[:i])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, end])
+
+    ours = flat(rollout.sample(model, tokenizer, [p for p, _ in asked], keys(3, 1), 30, 0, greedy=True))
+    banned = vlm.banned_ids(model, tokenizer)
+    with stock(model):
+        theirs = [reference(model, prompt, inputs, 30, banned) for prompt, inputs in asked]
+    assert [x.tokens[:30].tolist() for x in ours] == theirs
+    assert 9 < len(ours[0].tokens) < 30 and ours[0].tokens[-1] == end and len(ours[1].tokens) > 30
+
+
+def test_sampler_and_trainer_give_the_same_logprobs(tiny, prompts, endings):
+    """Three lengths of prompt in a batch, G = 4: completions that ended, were forced, were truncated, to 1e-5."""
+    model, tokenizer = tiny
+    groups = rollout.sample(model, tokenizer, prompts, keys(3, 4), 10, 6)
+    xs = flat(groups)
+    assert len({len(x.tokens) for x in xs}) > 3 and {x.forced for x in xs} == {x.truncated for x in xs} == {True, False}
+    with torch.no_grad():
+        trained, _ = vlm.logprobs(model, prompts, [[x.tokens for x in g] for g in groups], vlm.banned_ids(model, tokenizer))
+    for x, logp in zip(xs, trained):
+        assert x.logprobs.dtype == torch.float32
+        torch.testing.assert_close(x.logprobs, logp[:len(x.tokens)] * x.sampled, atol=1e-5, rtol=0)
+
+
+def test_decoding_equals_recomputing_from_scratch(tiny, asked, endings):
+    """Each sampled token's log-prob is that of transformers' whole forward, forced tokens in their places."""
+    model, tokenizer = tiny
+    groups = rollout.sample(model, tokenizer, [p for p, _ in asked], keys(3, 2), 10, 6)
+    assert any(x.forced and len(x.tokens) > 15 for x in flat(groups))
+    banned = vlm.banned_ids(model, tokenizer)
+    for (prompt, inputs), group in zip(asked, groups):
+        for x in group:
+            slow = recomputed(model, prompt, inputs, x.tokens, banned)
+            torch.testing.assert_close(x.logprobs, slow * x.sampled, atol=1e-5, rtol=0)
+
+
+def test_the_prefix_keys_and_values_exist_once(tiny, prompts, monkeypatch):
+    """N prefixes are kept, not N * G; and each layer writes its completions' keys into the same memory at every step."""
+    model, tokenizer = tiny
+    made, places = [], set()
+
+    class Watched(rollout.SharedPrefix):
+        def __call__(self, layer, *qkv):
+            made.append(self)
+            out = super().__call__(layer, *qkv)
+            places.update(x.data_ptr() for pair in (*self.prefix.values(), *self.own.values()) for x in pair)
+            return out
+
+    monkeypatch.setattr(rollout, "SharedPrefix", Watched)
+    rollout.sample(model, tokenizer, prompts, keys(3, 5), 4, 3)
+    layers, longest = model.config.text_config.num_hidden_layers, max(len(p.ids) for p in prompts)
+    assert len(set(map(id, made))) == 1 and len(made) > 5 * layers and len(made[0].prefix) == layers
+    assert {x.shape[0] for pair in made[0].prefix.values() for x in pair} == {3}
+    assert {x.shape[2] for pair in made[0].prefix.values() for x in pair} == {longest}
+    assert {x.shape[0] for pair in made[0].own.values() for x in pair} == {15}
+    assert len(places) == 4 * layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which tokens are sampled
+
+def test_the_keys_decide_whatever_the_batch_and_the_part_of_the_group(tiny, prompts, endings):
+    """All at once, prompt by prompt, in another order, half a group, and through rollout() in batches of any size."""
+    model, tokenizer = tiny
+    how = {"think_budget": 9, "answer_budget": 5}
+    K = keys(3, 4)
+    everything = rollout.sample(model, tokenizer, prompts, K, **how)
+    assert len({tuple(x.tokens.tolist()) for x in flat(everything)}) == 12, "different keys, different completions"
+    for n in range(3):
+        [alone] = rollout.sample(model, tokenizer, prompts[n:n + 1], K[n:n + 1], **how)
+        same(alone, everything[n])
+        [part] = rollout.sample(model, tokenizer, prompts[n:n + 1], [K[n][1:3]], **how)
+        same(part, everything[n][1:3])
+    turned = rollout.sample(model, tokenizer, prompts[::-1], K[::-1], **how)
+    same(flat(turned[::-1]), flat(everything))
+    for max_tokens in (1, 2 * max(len(p.ids) for p in prompts), 10 ** 6):
+        rolled = rollout.rollout(model, tokenizer, prompts, K, encode.Ranks(), max_tokens=max_tokens, **how)
+        same(flat(rolled), flat(everything))
+
+
+def test_rollout_keeps_its_batches_within_max_tokens(tiny, prompts, monkeypatch):
+    """max_tokens counts the padding; a prompt that is longer alone still goes, by itself."""
+    model, tokenizer = tiny
+    sizes = []
+    monkeypatch.setattr(rollout, "sample", lambda m, t, ps, ks, **_: sizes.append(len(ps)) or [list(row) for row in ks])
+    lengths, K = [len(p.ids) for p in prompts], keys(3, 2)
+    short, long = lengths[0], lengths[1]
+    assert short < long
+    for most, expected in ((1, [1, 1, 1]), (2 * long - 1, [1, 1, 1]), (2 * long, [2, 1]), (3 * long, [3])):
+        sizes.clear()
+        assert rollout.rollout(model, tokenizer, prompts, K, encode.Ranks(), max_tokens=most) == K
+        assert sizes == expected, most
+    assert rollout.rollout(model, tokenizer, [], [], encode.Ranks()) == []
+
+
+def chi_square(counts, p):
+    """-> (the statistic, the value it stays below but for once in millions of honest samples). Rare tokens are pooled."""
+    p, order = p.sort(descending=True)
+    pool = (p.cumsum(0) * counts.sum() / 25).floor()                           # 25 expected in each pool
+    _, pool = pool.unique(return_inverse=True)
+    expected = torch.zeros(int(pool.max()) + 1, dtype=p.dtype).index_add_(0, pool, p) * counts.sum()
+    seen = torch.zeros_like(expected).index_add_(0, pool, counts[order].to(p.dtype))
+    free = len(expected) - 1
+    return float(((seen - expected) ** 2 / expected).sum()), free + 6 * (2 * free) ** 0.5
+
+
+def test_first_tokens_come_as_often_as_their_probability_says(tiny, prompts):
+    """4,000 keys, fixed, so that it cannot flake; the same check sees a temperature of 1.2 and a top-p of 0.95."""
+    model, tokenizer = tiny
+    [group] = rollout.sample(model, tokenizer, prompts[:1], keys(1, 4000), 1, 0)
+    first = torch.stack([x.tokens[0] for x in group])
+    with torch.no_grad():
+        p = torch.stack([vlm.logprobs(model, prompts[:1], [[torch.tensor([i])]], vlm.banned_ids(model, tokenizer))[0][0, 0]
+                         for i in (int(first[0]), int(first[1]))])             # the trainer's, to be sure of the reference
+        hidden = model.model.language_model(
+            inputs_embeds=vlm.splice(model, prompts[0].ids[None], [prompts[0].vision]), use_cache=False,
+            position_ids=prompts[0].positions[:, None], layout=rollout.SharedPrefix(torch.tensor([len(prompts[0].ids)]), 1, 1))
+        logp = vlm.token_distribution(model, hidden.last_hidden_state[0, -1:], vlm.banned_ids(model, tokenizer))[0].double()
+    torch.testing.assert_close(logp[first[:2]].float(), p, atol=1e-5, rtol=0)
+    counts = torch.bincount(first, minlength=len(logp))
+    statistic, bound = chi_square(counts, logp.exp())
+    assert statistic < bound
+    warm, _ = chi_square(counts, (logp / 1.2).softmax(0))
+    nucleus, order = logp.exp().sort(descending=True)
+    nucleus = (nucleus * (nucleus.cumsum(0) - nucleus < 0.95) + 1e-4)[order.argsort()]
+    cut, _ = chi_square(counts, nucleus / nucleus.sum())
+    assert warm > bound and cut > bound
+
+
+def test_one_token_says_nothing_about_the_next(tiny, prompts, monkeypatch):
+    """Four tokens, equally likely at each step: all 16 pairs of neighbours come equally often. (3,000 fixed keys.)"""
+    model, tokenizer = tiny
+
+    def four(model, hidden, banned):
+        logp = torch.full((len(hidden), len(banned)), -torch.inf)
+        logp[:, 20:24] = -torch.tensor(4.0).log()
+        return logp
+
+    monkeypatch.setattr(vlm, "token_distribution", four)
+    [group] = rollout.sample(model, tokenizer, prompts[:1], keys(1, 3000), 3, 0)
+    tokens = torch.stack([x.tokens[:3] for x in group]) - 20
+    for pair in (tokens[:, :2], tokens[:, 1:], tokens[:, ::2]):
+        statistic, bound = chi_square(torch.bincount(pair @ torch.tensor([4, 1]), minlength=16), torch.full((16,), 1 / 16.0))
+        assert statistic < bound
+
+
+def test_stream_is_a_function_of_its_whole_key():
+    """The same in any process (the values are written down here), and another for each part of the key."""
+    assert rollout.stream("id", 3, 0).random(2).tolist() == [0.052203461661719464, 0.9258068599209028]
+    seen = {rollout.stream(*key).random() for key in itertools.product(("a", "b"), range(3), range(3))}
+    assert len(seen) == 18 and rollout.stream(1, "2").random() != rollout.stream("1", 2).random()
+
+
+@pytest.fixture(scope="module")
+def wide(tiny):
+    """A vocabulary with rows that no token owns, and tags that are ordinary added tokens, as in some tokenizers."""
+    model, tokenizer = copy.deepcopy(tiny)
+    tokenizer.add_tokens(["</think>", "nk></ans", "think>,"])
+    model.resize_token_embeddings(len(tokenizer) + 10)
+    return model, tokenizer
+
+
+def test_banned_ids_are_never_sampled_even_when_most_likely(wide, asked):
+    """A vision pad sampled as text broke the next forward: it has one pad more than there are vision tokens.
+
+    Half of the banned rows of the head get +100 times one direction, half of them -100 times it: whatever the hidden
+    state, a banned id has the largest logit. Rows that no token owns count: to decode one is an error or an empty text.
+    """
+    model, tokenizer = copy.deepcopy(wide)
+    banned = vlm.banned_ids(model, tokenizer)
+    controls = ["<|endoftext|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+                "<|video_pad|>"]
+    expected = tokenizer.convert_tokens_to_ids(controls) + list(range(len(tokenizer), len(tokenizer) + 10))
+    assert banned.nonzero().flatten().tolist() == sorted(expected)
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head[banned] = 100 * head[5] / head[5].norm()
+        head[banned.nonzero().flatten()[::2]] *= -1
+        (prompt, inputs), raw = asked[0], []
+        hook = model.get_output_embeddings().register_forward_hook(lambda *a: raw.append(a[2].argmax(-1).flatten()))
+        sampled = rollout.sample(model, tokenizer, [prompt], keys(1, 20), 12, 4)[0]
+        greedy = rollout.sample(model, tokenizer, [prompt], keys(1, 1), 12, 4, greedy=True)[0]
+        hook.remove()
+    assert banned[torch.cat(raw)].float().mean() > 0.9, "a banned id was the most likely one nearly everywhere"
+    for x in sampled + greedy:
+        assert not banned[x.tokens].any() and bool(x.logprobs.isfinite().all())
+        recomputed(model, prompt, inputs, x.tokens, banned)                    # raises where pads were sampled
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# forced answering, on tokens that the tests choose
+
+WORDS = ["so", "the", "red", "circle", "is", "left", "right", "top"]
+
+
+def ids_of(tokenizer, tokens):
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    assert None not in ids and len(set(ids)) == len(set(tokens)), tokens
+    return ids
+
+
+def play(monkeypatch, tiny, prompts, rows, think, answer, **how):
+    """The completions of a model that says rows[r][step] at each step; after a row's end it says "top" for ever."""
+    model, tokenizer = tiny
+    rows, top, step = [ids_of(tokenizer, row) for row in rows], ids_of(tokenizer, ["top"])[0], itertools.count()
+
+    def says(model, hidden, banned):
+        s, logp = next(step), torch.full((len(hidden), len(banned)), -torch.inf)
+        for r, row in enumerate(rows):
+            logp[r, row[s] if s < len(row) else top] = 0.0
+        return logp
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vlm, "token_distribution", says)
+        return rollout.sample(model, tokenizer, prompts[:1], keys(1, len(rows)), think, answer, **how)[0]
+
+
+def test_a_thinker_out_of_time_is_made_to_answer(tiny, prompts, monkeypatch):
+    """Exactly the ids of "</think><answer>" after think_budget tokens, marked, worth 0; then answer_budget tokens."""
+    _, tokenizer = tiny
+    forced = tokenizer("</think><answer>", add_special_tokens=False).input_ids
+    for think, answer in ((7, 4), (1, 1), (7, 0), (0, 4), (0, 0)):
+        [x] = play(monkeypatch, tiny, prompts, [WORDS[:think]], think, answer)
+        assert x.forced and x.truncated
+        assert x.tokens.tolist() == ids_of(tokenizer, WORDS[:think]) + forced + ids_of(tokenizer, ["top"]) * answer
+        assert x.sampled.tolist() == [True] * think + [False] * len(forced) + [True] * answer
+        assert x.logprobs.tolist() == [0.0] * len(x.tokens), "certain where sampled, 0 by definition where forced"
+        assert x.text == "".join(WORDS[:think]) + "</think><answer>" + "top" * answer
+
+
+def test_forced_tokens_are_worth_0_even_where_banned_or_unlikely(tiny, prompts, monkeypatch):
+    """The sampler's log-prob of a forced token may be -inf; 0 is kept, or a difference with it would be NaN."""
+    model, tokenizer = tiny
+    banned = vlm.banned_ids(model, tokenizer)
+    banned[tokenizer(rollout.FORCED, add_special_tokens=False).input_ids] = True
+    monkeypatch.setattr(vlm, "banned_ids", lambda *_: banned)
+    xs = rollout.sample(model, tokenizer, prompts[:1], keys(1, 3), 5, 3)[0]
+    for x in xs:
+        assert x.forced and x.sampled.tolist() == [True] * 5 + [False] * 5 + [True] * 3
+        assert (x.logprobs == 0).tolist() == (~x.sampled).tolist() and bool(x.logprobs.isfinite().all())
+
+
+def test_a_forced_answer_may_end_by_itself(tiny, prompts, monkeypatch):
+    """Forced, and not truncated; the rows of one batch do not disturb one another."""
+    answer = ["?"] * 5 + ["red", "</", "answer", ">", "<|im_end|>"]            # the first five are where the forced ones go
+    xs = play(monkeypatch, tiny, prompts, [WORDS[:3] + answer, ["so", "<|im_end|>"], WORDS], 3, 6)
+    assert [(x.forced, x.truncated, len(x.tokens)) for x in xs] == [(True, False, 13), (False, False, 2), (True, True, 14)]
+    assert xs[0].text == "sothered</think><answer>red</answer>"
+    assert xs[0].sampled.tolist() == [True] * 3 + [False] * 5 + [True] * 5
+
+
+# how </think> may come: what the model says, in tokens of the tiny tokenizer, bytes, and joined with its neighbours
+CUTS = {"three tokens": ["</", "think", ">"], "letter by letter": list("</think>"), "joined before": ["></", "think", ">"],
+        "joined with a comma after": ["</", "think", ">,"], "joined with the next tag": ["</", "think", "><"],
+        "after a space": ["Ġ</", "think", ">"], "two halves": ["<", "/", "think", ">."]}
+WIDE_CUTS = {"one added token": ["</think>"], "an added token over both tags": ["</", "t", "h", "i", "nk></ans"],
+             "an added token that ends it": ["</", "think>,"]}
+
+
+def closes(monkeypatch, model, prompts, cut):
+    """After this </think> comes the answer: of answer_budget tokens from there, with no force, though think_budget ends."""
+    _, tokenizer = model
+    thought = WORDS[:5] + cut
+    for think in (len(thought), len(thought) + 1, 40):
+        [x] = play(monkeypatch, model, prompts, [thought], think, 4)
+        assert x.tokens.tolist() == ids_of(tokenizer, thought + ["top"] * 4), think
+        assert x.truncated and not x.forced and bool(x.sampled.all())
+    [x] = play(monkeypatch, model, prompts, [thought], len(thought) - 1, 4)
+    assert x.forced and x.sampled.tolist() == [True] * (len(thought) - 1) + [False] * 5 + [True] * 4
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_the_end_of_thinking_is_found_however_it_is_cut_into_tokens(tiny, prompts, monkeypatch, cut):
+    closes(monkeypatch, tiny, prompts, cut)
+
+
+@pytest.mark.parametrize("cut", WIDE_CUTS.values(), ids=WIDE_CUTS)
+def test_the_end_of_thinking_is_found_in_added_tokens(wide, prompts, monkeypatch, cut):
+    closes(monkeypatch, wide, prompts, cut)
+
+
+def test_a_tag_that_is_a_special_token_stays_in_the_text(tiny, prompts, monkeypatch):
+    """banned_ids lets special tokens that spell a tag be sampled; a text without them would be graded as badly formed.
+
+    The first version decoded with skip_special_tokens and lost them, while the search for </think> saw them.
+    """
+    model, tokenizer = copy.deepcopy(tiny)
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer))
+    [x] = play(monkeypatch, (model, tokenizer), prompts, [["<think>", "so", "</think>", "red", "<|im_end|>"]], 9, 9)
+    assert not x.forced and x.text == "<think>so</think>red"
+
+
+@pytest.mark.parametrize("almost", [["</", "think"], ["think", ">"], ["</", "Ġ", "think", ">"], ["<", "think", ">"],
+                                    ["</", "answer", ">"]], ids="".join)
+def test_what_only_resembles_the_end_of_thinking_does_not_end_it(tiny, prompts, monkeypatch, almost):
+    [x] = play(monkeypatch, tiny, prompts, [almost], 12, 4)
+    assert x.forced and len(x.tokens) == 12 + 5 + 4
+
+
+def test_the_answer_budget_is_given_once(tiny, prompts, monkeypatch):
+    """A second </think>, in the answer, gives no second budget: neither to one that ended its thoughts nor to a forced one."""
+    close = ["</", "think", ">"]
+    natural, forced = play(monkeypatch, tiny, prompts, [["so", *close] + close * 9, WORDS[:8] + close * 9], 8, 7)
+    assert (len(natural.tokens), natural.forced, natural.truncated) == (4 + 7, False, True)
+    assert (len(forced.tokens), forced.forced, forced.truncated) == (8 + 5 + 7, True, True)
+
+
+@pytest.mark.parametrize("said, think, answer", [
+    (["so", "<|im_end|>"], 2, 3),                                              # the last token it may think
+    (["so", "</", "think", ">", "red", "<|im_end|>"], 9, 2),                   # the last token it may answer
+    (["<|im_end|>"], 1, 0), (["so", "</", "think", ">", "<|im_end|>"], 4, 1)])
+def test_an_end_within_the_budget_is_not_cut_short(tiny, prompts, monkeypatch, said, think, answer):
+    """... nor forced; the end token is the last of the tokens, sampled, and no part of the text."""
+    [x] = play(monkeypatch, tiny, prompts, [said], think, answer)
+    assert x.tokens.tolist() == ids_of(tiny[1], said) and bool(x.sampled.all())
+    assert not x.forced and not x.truncated and x.text == "".join(said[:-1])
+
+
+def test_a_completion_that_ends_by_itself_is_untouched_by_the_budgets(tiny, prompts, endings):
+    """The same tokens as with larger budgets; one that is forced is the same up to there; none exceeds its total."""
+    model, tokenizer = tiny
+    tight = flat(rollout.sample(model, tokenizer, prompts, keys(3, 8), 7, 5))
+    loose = flat(rollout.sample(model, tokenizer, prompts, keys(3, 8), 60, 30))
+    kinds = [(x.forced, x.truncated) for x in tight]
+    assert {(False, False), (True, False), (True, True)} <= set(kinds)
+    for x, y in zip(tight, loose):
+        assert len(x.tokens) <= 7 + 5 + 5 and bool((~x.sampled).sum() == 5 * x.forced)
+        if x.forced:
+            assert torch.equal(x.tokens[:7], y.tokens[:7]) and len(y.tokens) > 7
+            assert (x.truncated, bool(x.sampled[-1])) == (int(x.tokens[-1]) not in endings, True)
+        else:
+            same([x], [y])
+            assert int(x.tokens[-1]) in endings and not set(x.tokens[:-1].tolist()) & set(endings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# watching
+
+@pytest.mark.parametrize("said, think", [
+    (["so", "</", "think", ">", "<", "answer", ">", "red", "</", "answer", ">", "<|im_end|>"], 20),
+    (["so", "the"], 2), (["<|im_end|>"], 9), ([], 0)], ids=["ends", "forced", "says nothing", "cannot think"])
+def test_the_watched_pieces_are_the_text(tiny, prompts, monkeypatch, said, think):
+    """Of the first completion alone, which ends before the second, and piece by piece."""
+    seen = []
+    x, other = play(monkeypatch, tiny, prompts, [said, WORDS], think, 9, watch=seen.append)
+    assert "".join(seen) == x.text and len(seen) == len(x.tokens) - (said[-1:] == ["<|im_end|>"])
+    assert len(other.tokens) >= len(x.tokens)
+
+
+def test_letters_of_several_bytes_are_watched_whole(tiny, prompts, monkeypatch):
+    """A letter may be cut into tokens that are no text by themselves: the first version showed one "\\ufffd" for each."""
+    _, tokenizer = tiny
+    seen, snow = [], tokenizer.convert_ids_to_tokens(tokenizer("ein Käfer, 雪", add_special_tokens=False).input_ids)
+    assert len(snow) > 8
+    [x] = play(monkeypatch, tiny, prompts, [[*snow, "so", "<|im_end|>"]], 40, 9, watch=seen.append)
+    assert x.text == "ein Käfer, 雪so"
+    assert "".join(seen) == x.text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two processes
+
+HOW = {"think_budget": 8, "answer_budget": 4}
+
+
+def worker(out):
+    """What one of two processes runs: rollout() of a group of 3, of 1 (one rank has none to sample), and of no prompts."""
+    ranks = encode.start(2)
+    model, tokenizer = sharp_tiny()
+    prompts = [prompt for prompt, _ in three_prompts(model, tokenizer)]
+    got = [rollout.rollout(model, tokenizer, prompts, keys(3, G), ranks, max_tokens=150, **HOW) for G in (3, 1)]
+    got.append(rollout.rollout(model, tokenizer, [], [], ranks, **HOW))
+    torch.save([[[vars(x) for x in group] for group in groups] for groups in got], f"{out}/{ranks.rank}.pt")
+
+
+def test_two_ranks_share_the_sampling_and_both_get_the_whole_groups(tiny, prompts, tmp_path):
+    """Equal to what one rank samples alone, in real processes over gloo: G = 3 as 2 + 1, G = 1 as 1 + 0."""
+    model, tokenizer = tiny
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+           "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen([sys.executable, __file__, str(tmp_path)], stderr=subprocess.PIPE, text=True,
+                                env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in running:
+            process.kill()
+    alone = [rollout.rollout(model, tokenizer, prompts, keys(3, G), encode.Ranks(), **HOW) for G in (3, 1)] + [[]]
+    for rank in range(2):
+        got = [[[rollout.Completion(**x) for x in group] for group in groups]
+               for groups in torch.load(tmp_path / f"{rank}.pt")]
+        for mine, whole in zip(got, alone):
+            assert [len(group) for group in mine] == [len(group) for group in whole]
+            same(flat(mine), flat(whole))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    vlm.save(*tiny, path)
+    return str(path)
+
+
+def command(*arguments):
+    """rollout.py in a process of its own."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "rollout.py", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def in_here(monkeypatch, *arguments):
+    """rollout.py run as a script in this process, which saves the imports; SystemExit is how it reports."""
+    monkeypatch.setattr(sys, "argv", ["rollout.py", *arguments])
+    runpy.run_path(str(ROOT / "rollout.py"), run_name="__main__")
+
+
+def test_asking_a_checkpoint_prints_its_greedy_answer(tiny, checkpoint):
+    """What a saved checkpoint says of toy:3 is what the model in memory says; the forced piece is announced."""
+    model, tokenizer = tiny
+    question = "How many circles?"
+    prompt, _ = ask(model, tokenizer, "toy:3", 8, question)
+    [[x]] = rollout.sample(model, tokenizer, [prompt], keys(1, 1), 12, 5, greedy=True)
+    done = command(f"--model={checkpoint}", "--video=toy:3", "--frames=8", f"--question={question}", "--think_budget=12",
+                   "--answer_budget=5")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(prompt.vision)} vision tokens" in done.stdout and question in done.stdout
+    assert done.stdout.rstrip().endswith(f"{len(x.tokens)} tokens; thinking budget ran out: answer forced; answer budget ran out")
+    assert x.text.encode().decode("ascii", "ignore") in done.stdout.encode().decode("ascii", "ignore")
+
+
+def test_a_failing_command_says_why_in_one_line(checkpoint, tmp_path):
+    """In a process of its own: exit status 1, the cause on standard error, no traceback."""
+    done = command(f"--model={checkpoint}", f"--video={tmp_path / 'nope.mp4'}", "--question=How many?")
+    assert done.returncode == 1 and "nope.mp4" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("rollout.py: ")
+
+
+@pytest.mark.parametrize("wrong, named", [
+    ({"model": "{tmp}/nope"}, "nope"), ({"model": "{tmp}"}, "no config.json"), ({"video": "{tmp}/nope.mp4"}, "nope.mp4"),
+    ({"video": "{tmp}"}, "{tmp}"), ({"video": "toy:x"}, "toy:x"), ({"question": "", "video": "{tmp}/a.mp4"}, "--question"),
+    ({"frames": "0"}, "frames"), ({"think_budget": "-1"}, "think_budget"), ({"question": "so " * 140000}, "do not fit")],
+    ids=["no model", "a folder that is no model", "no video", "an empty folder for a video", "a toy without a seed",
+         "no question", "no frames", "a negative budget", "a question too long"])
+def test_wrong_arguments_are_named(checkpoint, tmp_path, monkeypatch, wrong, named):
+    """Each ends in SystemExit with one sentence, which Python prints without a traceback, exit status 1."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    given = {"model": checkpoint, "video": "toy:3", "question": "How many?", "think_budget": "4", "answer_budget": "2", **wrong}
+    with pytest.raises(SystemExit) as stopped:
+        in_here(monkeypatch, *(f"--{k}={v.format(tmp=tmp_path)}" for k, v in given.items()))
+    message = str(stopped.value.code)
+    assert message.startswith("rollout.py: ") and named.format(tmp=tmp_path) in message and "Traceback" not in message
+
+
+def test_the_seed_of_the_command_decides(checkpoint, monkeypatch, capsys):
+    """--sample=SEED: the same twice, another with another seed, another than the greedy one. toy: brings its question."""
+    said = []
+    for seed in ("--sample=1", "--sample=1", "--sample=2", "--sample=-1"):
+        in_here(monkeypatch, f"--model={checkpoint}", "--video=toy:3", "--frames=4", "--think_budget=9", "--answer_budget=3", seed)
+        said.append(capsys.readouterr().out)
+    assert data.toy_sample(3).question in said[0]
+    assert said[0] == said[1] and len(set(said)) == 3
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1])
