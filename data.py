@@ -494,7 +494,7 @@ def toy_story(seed):
             else:
                 state = str(count)
             same = c == colour                             # what is seen stands beside what is asked; then: the same or not
-            lines.append(f"{i} {c} {colour} {'yes' if same else 'no'} " + same * f"{s} {shape} {'yes' if match else 'no'} "
+            lines.append(f"{i} {c} {colour} {'yes' if same else 'no'} " + same * f"{s} {shape} {'yes' if match else 'no'} {p} "
                          + state)
             if category == "goal" and count == need:
                 return "\n".join(lines), str(i)

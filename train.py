@@ -57,26 +57,26 @@ class Config:
     frames: int = 32               # a video, evenly spaced in time; fewer where the file has fewer
     max_pixels: int = 0            # of a frame, after resizing; 0: the checkpoint's own bound
     # align: describe every moment (a model made from nothing alone)
-    align_steps: int = 280
+    align_steps: int = 300
     # cold start: the teacher's thoughts
-    sft_steps: int = 160
+    sft_steps: int = 380
     sft_batch: int = 32            # samples a step over all ranks, here and in align
     sft_lr: float = 1.5e-3         # for a pretrained model 1e-5
     # RL
-    rl_steps: int = 120
+    rl_steps: int = 80
     prompts_per_step: int = 16     # groups a step over all ranks
     group_size: int = 8            # G, completions a group
     updates_per_rollout: int = 2   # optimizer steps over disjoint groups of one rollout; with 1 the clip never acts
     think_budget: int = 96         # tokens; then </think><answer> is written for the model
     answer_budget: int = 16        # tokens after that
-    lr: float = 2e-4               # for a pretrained model 1e-6
+    lr: float = 1e-4               # for a pretrained model 1e-6
     clip_low: float = 0.2
     clip_high: float = 0.28        # higher than clip_low: keeps rare tokens alive (DAPO; GLM-4.1V)
     loss_average: str = "sample"   # every completion the same weight, or "token": every token
     format_weight: float = 0.1     # LongVILA-R1's; 0: the answer alone, as GLM-4.1V
     warmup: int = 10               # optimizer steps of every stage over which lr rises linearly
     # looking and keeping
-    eval_every: int = 40           # RL steps; also after the cold start and at the end; 0: never
+    eval_every: int = 20           # RL steps; also after the cold start and at the end; 0: never
     eval_samples: int = 256        # held-out samples, greedy
     show_every: int = 20           # RL steps between two whole completions on the screen; 0: never
     save_every: int = 40           # steps of the cold start and RL; also at the end of each stage

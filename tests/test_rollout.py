@@ -6,14 +6,17 @@ head made three times as sharp so that a wrong log-prob shows.
 """
 import copy
 import itertools
+import json
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
@@ -36,20 +39,23 @@ def sharp_tiny():
     return model, tokenizer
 
 
-def ask(model, tokenizer, video, frames, question):
-    """-> (prompt, the arguments with which transformers sees the same: pixels, grid, our positions)"""
-    video = data.open_video(video, frames)
-    vision, grid, seconds = vlm.encode_video(model, lambda: video, encode.Ranks())
-    prompt = vlm.make_prompt(model, tokenizer, question, vision, grid, seconds)
-    pixels, grid = vlm.patchify(video.read(0, video.frames), model.pixels)
+@torch.no_grad()
+def ask(model, tokenizer, frames, question):
+    """-> (prompt, what transformers needs to see the same). frames: uint8 [T,H,W,3]"""
+    pixels, grid = vlm.patchify(frames, model.pixels)
+    vision = model.model.visual(pixels, grid_thw=torch.tensor([grid])).pooler_output
+    prompt = vlm.make_prompt(model, tokenizer, question, vision, grid, seconds=1.5)
     return prompt, {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([grid])}
 
 
 def three_prompts(model, tokenizer):
-    """Three prompts of three lengths."""
-    return [ask(model, tokenizer, *what) for what in (
-        ("toy:3", 8, "How many?"), ("toy:5", 13, "Which colour comes right after the last red circle? Where is it?"),
-        ("toy:1", 4, "When is it done?"))]
+    """Three prompts of three lengths, about videos of other sizes; 5 frames end in half a temporal patch."""
+    def noise(*shape):
+        return np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+    return [ask(model, tokenizer, noise(4, 56, 84), "How many?"),
+            ask(model, tokenizer, noise(5, 112, 84), "Which colour comes right after the last red circle? Where is it?"),
+            ask(model, tokenizer, noise(8, 28, 56), "When is it done?")]
 
 
 @pytest.fixture(scope="module")
@@ -298,14 +304,14 @@ def wide(tiny):
     """A vocabulary with rows that no token owns, and tags that are ordinary added tokens, as in some tokenizers."""
     model, tokenizer = copy.deepcopy(tiny)
     tokenizer.add_tokens(["</think>", "nk></ans", "think>,"])
-    model.resize_token_embeddings(len(tokenizer) + 10)
+    model.resize_token_embeddings(len(tokenizer) + 10, mean_resizing=False)
     return model, tokenizer
 
 
 def test_banned_ids_are_never_sampled_even_when_most_likely(wide, asked):
     """A vision pad sampled as text broke the next forward: it has one pad more than there are vision tokens.
 
-    Half of the banned rows of the head get +100 times one direction, half of them -100 times it: whatever the hidden
+    Half of the banned rows of the head get +1000 times one direction, half of them -1000 times it: whatever the hidden
     state, a banned id has the largest logit. Rows that no token owns count: to decode one is an error or an empty text.
     """
     model, tokenizer = copy.deepcopy(wide)
@@ -316,14 +322,14 @@ def test_banned_ids_are_never_sampled_even_when_most_likely(wide, asked):
     assert banned.nonzero().flatten().tolist() == sorted(expected)
     with torch.no_grad():
         head = model.get_output_embeddings().weight
-        head[banned] = 100 * head[5] / head[5].norm()
+        head[banned] = 1000 * head[5] / head[5].norm()
         head[banned.nonzero().flatten()[::2]] *= -1
         (prompt, inputs), raw = asked[0], []
         hook = model.get_output_embeddings().register_forward_hook(lambda *a: raw.append(a[2].argmax(-1).flatten()))
         sampled = rollout.sample(model, tokenizer, [prompt], keys(1, 20), 12, 4)[0]
         greedy = rollout.sample(model, tokenizer, [prompt], keys(1, 1), 12, 4, greedy=True)[0]
         hook.remove()
-    assert banned[torch.cat(raw)].float().mean() > 0.9, "a banned id was the most likely one nearly everywhere"
+    assert banned[torch.cat(raw)].float().mean() > 0.9, "a banned id was the most likely one, nearly everywhere"
     for x in sampled + greedy:
         assert not banned[x.tokens].any() and bool(x.logprobs.isfinite().all())
         recomputed(model, prompt, inputs, x.tokens, banned)                    # raises where pads were sampled
@@ -428,7 +434,7 @@ def test_a_tag_that_is_a_special_token_stays_in_the_text(tiny, prompts, monkeypa
     """
     model, tokenizer = copy.deepcopy(tiny)
     tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
-    model.resize_token_embeddings(len(tokenizer))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     [x] = play(monkeypatch, (model, tokenizer), prompts, [["<think>", "so", "</think>", "red", "<|im_end|>"]], 9, 9)
     assert not x.forced and x.text == "<think>so</think>red"
 
@@ -568,7 +574,8 @@ def test_asking_a_checkpoint_prints_its_greedy_answer(tiny, checkpoint):
     """What a saved checkpoint says of toy:3 is what the model in memory says; the forced piece is announced."""
     model, tokenizer = tiny
     question = "How many circles?"
-    prompt, _ = ask(model, tokenizer, "toy:3", 8, question)
+    vision, *where = vlm.encode_video(model, lambda: data.open_video("toy:3", 8), encode.Ranks())
+    prompt = vlm.make_prompt(model, tokenizer, question, vision, *where)
     [[x]] = rollout.sample(model, tokenizer, [prompt], keys(1, 1), 12, 5, greedy=True)
     done = command(f"--model={checkpoint}", "--video=toy:3", "--frames=8", f"--question={question}", "--think_budget=12",
                    "--answer_budget=5")
@@ -588,15 +595,19 @@ def test_a_failing_command_says_why_in_one_line(checkpoint, tmp_path):
 @pytest.mark.parametrize("wrong, named", [
     ({"model": "{tmp}/nope"}, "nope"), ({"model": "{tmp}"}, "no config.json"), ({"video": "{tmp}/nope.mp4"}, "nope.mp4"),
     ({"video": "{tmp}"}, "{tmp}"), ({"video": "toy:x"}, "toy:x"), ({"question": "", "video": "{tmp}/a.mp4"}, "--question"),
-    ({"frames": "0"}, "frames"), ({"think_budget": "-1"}, "think_budget"), ({"question": "so " * 140000}, "do not fit")],
+    ({"frames": "0"}, "frames"), ({"think_budget": "-1"}, "think_budget"), ({"model": "{short}"}, "do not fit")],
     ids=["no model", "a folder that is no model", "no video", "an empty folder for a video", "a toy without a seed",
-         "no question", "no frames", "a negative budget", "a question too long"])
+         "no question", "no frames", "a negative budget", "a prompt too long"])
 def test_wrong_arguments_are_named(checkpoint, tmp_path, monkeypatch, wrong, named):
     """Each ends in SystemExit with one sentence, which Python prints without a traceback, exit status 1."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    short = shutil.copytree(checkpoint, tmp_path.parent / f"{tmp_path.name}-short")
+    config = json.loads((short / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 40
+    (short / "config.json").write_text(json.dumps(config))
     given = {"model": checkpoint, "video": "toy:3", "question": "How many?", "think_budget": "4", "answer_budget": "2", **wrong}
     with pytest.raises(SystemExit) as stopped:
-        in_here(monkeypatch, *(f"--{k}={v.format(tmp=tmp_path)}" for k, v in given.items()))
+        in_here(monkeypatch, *(f"--{k}={v.format(tmp=tmp_path, short=short)}" for k, v in given.items()))
     message = str(stopped.value.code)
     assert message.startswith("rollout.py: ") and named.format(tmp=tmp_path) in message and "Traceback" not in message
 
