@@ -1,8 +1,9 @@
 """
-MR-SP (LongVILA-R1, section 5): the frames of one long video shared out over the ranks.
+MR-SP (LongVILA-R1, section 5): one long video shared out over the ranks.
 
 Stage 1, encode: each rank of a sequence-parallel group runs its own frames through its own copy of the vision tower;
 one all-gather later every rank holds all the vision tokens. They are kept and reused by all G rollouts and by training.
+Stage 2, sequence parallel: the packed sequence itself is sharded for the policy's forward and backward (Ulysses).
 Without torchrun everything here is a no-op.
 """
 import os
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from transformers import AttentionInterface
 
 
@@ -151,3 +153,73 @@ class Cache:
                 self.bytes -= self.kept.popitem(last=False)[1][0].nbytes
         self.kept.move_to_end(key)
         return self.kept[key]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stage 2
+
+def check_heads(heads, kv_heads, ranks):
+    """Raises ValueError where attention heads cannot be shared out: heads must be a multiple of sp; kv heads a multiple
+    or a divisor of it. (The number of heads matters to stage 2 alone.)"""
+    if heads % ranks.sp or (kv_heads % ranks.sp and ranks.sp % kv_heads):
+        fit = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+        raise ValueError(f"stage 2 with sp = {ranks.sp}: {heads} attention heads and {kv_heads} key-value heads cannot be "
+                         f"shared out; sp can be {', '.join(map(str, fit))} for this model, or switch stage2 off")
+
+
+class Ulysses:
+    """Stage 2: the packed sequence sharded over the sp ranks, around the same attention. A layout for attention.
+
+    Each rank holds 1/sp of the prefix and 1/sp of the completions, split separately, so that no rank gets all of the
+    head's work. In every layer an all-to-all trades them: heads out, sequence in; each rank attends over the whole
+    sequence with its share of the heads; a second all-to-all trades back. Gradients go the same way.
+    """
+
+    def __init__(self, whole, prefix, ranks):
+        """whole: the layout of the whole sequence; prefix: positions of the prefix on each rank."""
+        self.whole, self.prefix, self.sp, self.group = whole, prefix, ranks.sp, ranks.group
+
+    def __call__(self, layer, q, k, v, scale):
+        kv = k.shape[1]
+        if kv < self.sp:                                   # every rank needs a kv head: sp/kv ranks share one
+            k, v = (x.repeat_interleave(self.sp // kv, 1) for x in (k, v))
+        q, k, v = (self.gather_sequence(x) for x in (q, k, v))                 # [B, heads/sp, S, d]
+        return self.gather_heads(self.whole(layer, q, k, v, scale))            # [B, heads, S/sp, d]
+
+    def trade(self, x):
+        """[sp, ...], one part for each rank -> [sp, ...], one part from each."""
+        return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
+
+    def gather_sequence(self, x):                                              # [B, heads, S/sp, d]
+        x = self.trade(torch.stack(x.chunk(self.sp, dim=1)))                   # [sp, B, heads/sp, S/sp, d]
+        prefix, own = x[:, :, :, :self.prefix], x[:, :, :, self.prefix:]
+        return torch.cat([part for x in (prefix, own) for part in x], dim=2)   # prefix of all ranks, then completions
+
+    def gather_heads(self, x):                                                 # [B, heads/sp, S, d]
+        prefix, own = x.split([self.prefix * self.sp, x.shape[2] - self.prefix * self.sp], dim=2)
+        x = torch.stack([torch.cat(pair, dim=2) for pair in zip(prefix.chunk(self.sp, 2), own.chunk(self.sp, 2))])
+        return torch.cat(list(self.trade(x)), dim=1)                           # [B, heads, S/sp, d]
+
+
+def columns(prefix, completions, ranks):
+    """The places of a packed sequence that a rank holds: 1/sp of the prefix, 1/sp of the completions. -> long [S/sp]"""
+    (p0, p1), (c0, c1) = (shard(n, ranks.sp_rank, ranks.sp) for n in (prefix, completions))
+    return torch.cat([torch.arange(p0, p1), torch.arange(prefix + c0, prefix + c1)])
+
+
+class SumForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def sum_forward(x, ranks):
+    """x summed over the sp ranks; the gradient goes to a rank's own x alone, unsummed: every rank makes the same loss
+    of the sum, and the ranks' gradients are summed later, once."""
+    return SumForward.apply(x, ranks.group)

@@ -229,12 +229,18 @@ def check_length(model, prompt, room):
                           f"answer do not fit the model's {most}; lower frames or max_pixels")
 
 
-def splice(model, ids, visions):
-    """Text embeddings with the vision tokens in the pads' places. ids: long [B,S]; visions: a [V,D] each. -> [B,S,D]"""
-    embeds = model.get_input_embeddings()(ids)                                 # [B, S, D]
+def splice(model, ids, visions, columns=None):
+    """Text embeddings with the vision tokens in the pads' places. ids: long [B,S]; visions: a [V,D] each. -> [B,S,D]
+
+    columns: long [s], only these places of the sequence: what one rank holds of it. -> [B,s,D]
+    """
     pads, vision = ids == model.config.video_token_id, torch.cat(list(visions))
     if int(pads.sum()) != len(vision):
         raise ValueError(f"{int(pads.sum())} vision pads in the sequence but {len(vision)} vision tokens")
+    if columns is not None:
+        row = pads.flatten().cumsum(0).view_as(pads) - 1                       # [B, S], which vision token a pad stands for
+        ids, pads, vision = ids[:, columns], pads[:, columns], vision[row[:, columns][pads[:, columns]]]
+    embeds = model.get_input_embeddings()(ids)                                 # [B, S, D]
     return embeds.masked_scatter(pads[..., None], vision.to(embeds.dtype))
 
 
@@ -281,10 +287,10 @@ class Packed:
     which are never copied per completion. The masks are built once and shared by all layers.
     """
 
-    def __init__(self, prefix_lengths, owner, dtype, chunk=1 << 24):
+    def __init__(self, prefix_lengths, owner, dtype, prefix=None, chunk=1 << 24):
         """prefix_lengths: long [B]; owner: long [B,C], which completion a position belongs to, -1 for padding;
-        chunk: the most elements of one mask."""
-        self.P, (B, C) = int(prefix_lengths.max()), owner.shape
+        prefix: P, None for the longest; chunk: the most elements of one mask."""
+        self.P, (B, C) = prefix or int(prefix_lengths.max()), owner.shape
         at = torch.arange(C, device=owner.device)
         real = torch.arange(self.P, device=owner.device) < prefix_lengths[:, None]                 # [B, P]
         self.chunks, step = [], max(1, chunk // (B * (self.P + C)))
@@ -312,43 +318,54 @@ def pad_prefixes(prompts):
     return ids, positions, torch.tensor([len(p.ids) for p in prompts], device=ids.device)
 
 
-def logprobs(model, prompts, completions, banned, head_chunk=2048):
+def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=None):
     """Log-probs of every completion's tokens under the model, the prefix of a group computed once.
 
     prompts: B `Prompt`s; completions: B lists of long [L] tensors, ragged, each L at least 1; banned: bool [vocabulary].
+    ranks: with them the sequence is sharded over their sp ranks (MR-SP stage 2): all give the same prompts and
+    completions, each computes its share, and all get all the log-probs; the gradient of what a rank did not compute
+    stays with the rank that did, so that gradients summed over the ranks are those of one rank alone.
     Returns (logprobs [N,L], entropy [N,L] without gradient), float32, N = all completions in order, 0 beyond their end.
     """
+    pad = torch.nn.utils.rnn.pad_sequence
     ids, positions, lengths = pad_prefixes(prompts)
-    B, P = ids.shape
-    device = ids.device
+    device, sp = ids.device, ranks.sp if ranks else 1
 
     # A completion's last token is predicted but never read: it stays out of the sequence.
-    inputs = [torch.cat([c[:-1] for c in group]) for group in completions]
-    owner = [torch.cat([torch.full((len(c) - 1,), g) for g, c in enumerate(group)]) for group in completions]
-    steps = [torch.cat([torch.arange(len(c) - 1) for c in group]) for group in completions]
-    pad = torch.nn.utils.rnn.pad_sequence
-    inputs = pad([x.to(device) for x in inputs], batch_first=True)             # [B, C]
-    owner = pad(owner, batch_first=True, padding_value=-1).to(device)          # [B, C]
+    inputs = pad([torch.cat([c[:-1] for c in group]) for group in completions], batch_first=True).to(device)       # [B, C]
+    owner = pad([torch.cat([torch.full((len(c) - 1,), g) for g, c in enumerate(group)]) for group in completions],
+                batch_first=True, padding_value=-1).to(device)                 # [B, C], which completion a place is of
+    steps = pad([torch.cat([torch.arange(len(c) - 1) for c in group]) for group in completions], batch_first=True).to(device)
     first = torch.stack([p.positions.max() + 1 for p in prompts])              # [B], where every completion starts
-    own_positions = first[:, None] + pad(steps, batch_first=True).to(device)   # [B, C]
-
-    embeds = splice(model, ids, [p.vision for p in prompts])                   # [B, P, D]
-    embeds = torch.cat([embeds, model.get_input_embeddings()(inputs)], dim=1)  # [B, P+C, D]
-    positions = torch.cat([positions, own_positions.expand(3, -1, -1)], dim=2)                     # [3, B, P+C]
+    if sp > 1:                                                                 # every rank gets as many of each
+        ids, positions = (F.pad(x, (0, -x.shape[-1] % sp)) for x in (ids, positions))
+        inputs, steps = (F.pad(x, (0, -x.shape[-1] % sp)) for x in (inputs, steps))
+        owner = F.pad(owner, (0, -owner.shape[-1] % sp), value=-1)
+    (B, P), C = ids.shape, inputs.shape[1]
+    positions = torch.cat([positions, (first[:, None] + steps).expand(3, -1, -1)], dim=2)                          # [3, B, P+C]
+    layout, columns = Packed(lengths, owner, model.dtype, P), None
+    if sp > 1:
+        columns = encode.columns(P, C, ranks).to(device)                       # [(P+C)/sp]
+        layout, positions = encode.Ulysses(layout, P // sp, ranks), positions[:, :, columns]
+    embeds = splice(model, torch.cat([ids, inputs], dim=1), [p.vision for p in prompts], columns)
     hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False,
-                                        layout=Packed(lengths, owner, embeds.dtype)).last_hidden_state
+                                        layout=layout).last_hidden_state       # [B, P+C, D]
 
     # Where each token is predicted: the first at the prefix's last position, the others one position before their own.
     rows, targets = [], []
     for b, group in enumerate(completions):
-        at = b * (P + inputs.shape[1])
-        last, own = at + len(prompts[b].ids) - 1, at + P
+        own = P
         for c in group:
-            rows += [last, *range(own, own + len(c) - 1)]
+            rows += [(b, len(prompts[b].ids) - 1)] + [(b, i) for i in range(own, own + len(c) - 1)]
             own += len(c) - 1
             targets.append(c.to(device))
-    hidden = hidden.flatten(0, 1)[torch.tensor(rows, device=device)]           # [M, D], completion positions alone
+    row, column = torch.tensor(rows, device=device).T                          # [M] each
     targets = torch.cat(targets)                                               # [M]
+    if sp > 1:                                                                 # of these, the ones this rank holds
+        place = torch.full((P + C,), -1, device=device).index_copy(0, columns, torch.arange(len(columns), device=device))
+        held = place[column] >= 0                                              # [M]
+        row, column, targets = row[held], place[column[held]], targets[held]
+    hidden = hidden[row, column]                                               # [M, D], completion positions alone
 
     # The head, in chunks that are computed again in the backward: no [M, vocabulary] tensor is ever kept.
     def head(hidden, targets):
@@ -356,8 +373,13 @@ def logprobs(model, prompts, completions, banned, head_chunk=2048):
         return logp.gather(1, targets[:, None])[:, 0], torch.special.entr(logp.detach().exp()).sum(1)
 
     parts = [checkpoint(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(head_chunk), targets.split(head_chunk))]
+    logp, entropy = (torch.cat(x) for x in zip(*parts))                        # [M] each
+    if sp > 1:
+        whole = torch.zeros(2, len(held), device=device)
+        whole[:, held] = torch.stack([logp, entropy])
+        logp, entropy = encode.sum_forward(whole, ranks)
     lengths = [len(c) for group in completions for c in group]
-    return tuple(pad(torch.cat(x).split(lengths), batch_first=True) for x in zip(*parts))          # [N, L] each
+    return pad(logp.split(lengths), batch_first=True), pad(entropy.detach().split(lengths), batch_first=True)      # [N, L]
 
 
 def token_distribution(model, hidden, banned):

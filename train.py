@@ -51,6 +51,7 @@ class Config:
     seed: int = 0                  # all randomness is a function of seed, step, sample and completion number
     # where
     sp: int = 0                    # ranks that share one video; 0: all of this machine; 1: none share
+    stage2: bool = False           # shard the sequence over them in training too: memory for videos too long for one
     dtype: str = "float32"         # of weights and activations; "bfloat16" on GPUs
     max_tokens: int = 16384        # the most positions in one forward, padding included; lower it if memory runs out
     # the video
@@ -63,7 +64,7 @@ class Config:
     sft_batch: int = 32            # samples a step over all ranks, here and in align
     sft_lr: float = 1.5e-3         # for a pretrained model 1e-5
     # RL
-    rl_steps: int = 80
+    rl_steps: int = 60
     prompts_per_step: int = 16     # groups a step over all ranks
     group_size: int = 8            # G, completions a group
     updates_per_rollout: int = 2   # optimizer steps over disjoint groups of one rollout; with 1 the clip never acts
@@ -79,11 +80,11 @@ class Config:
     eval_every: int = 20           # RL steps; also after the cold start and at the end; 0: never
     eval_samples: int = 256        # held-out samples, greedy
     show_every: int = 20           # RL steps between two whole completions on the screen; 0: never
-    save_every: int = 40           # steps of the cold start and RL; also at the end of each stage
+    save_every: int = 40           # steps; also at the end of each stage
 
 
-# What may differ when a run goes on: none of these changes what a step computes, but for how many there are.
-MAY_CHANGE = {"eval_data", "video_dir", "out_dir", "mode", "sp", "max_tokens", "sft_steps", "rl_steps", "eval_every",
+# What may differ when a run goes on: none of these changes what a step computes (sp, stage2, max_tokens: to float error).
+MAY_CHANGE = {"eval_data", "video_dir", "out_dir", "mode", "sp", "stage2", "max_tokens", "rl_steps", "eval_every",
               "eval_samples", "show_every", "save_every"}
 
 
@@ -101,9 +102,10 @@ def parse(arguments):
             raise ValueError(f"unknown hyperparameter {key!r}" + (f"; did you mean {near[0]!r}?" if near else
                              "; they are listed at the top of train.py"))
         try:
-            chosen[key] = kinds[key](text)
-        except ValueError:
-            raise ValueError(f"--{key}={text}: {key} must be {'an integer' if kinds[key] is int else 'a number'}") from None
+            chosen[key] = {"true": True, "false": False}[text.lower()] if kinds[key] is bool else kinds[key](text)
+        except (ValueError, KeyError):
+            what = {int: "an integer", float: "a number", bool: "true or false"}[kinds[key]]
+            raise ValueError(f"--{key}={text}: {key} must be {what}") from None
     return Config(**chosen)
 
 
@@ -228,16 +230,17 @@ def update(model, optimizer, lr, ranks):
     return norm
 
 
-def sft_step(model, tokenizer, prompts, texts, c, ranks, banned):
+def sft_step(model, tokenizer, prompts, texts, c, ranks, banned, stage2=False):
     """Loss on each text's tokens alone, their mean over the whole step. Gradients are left to be summed over the ranks."""
     items = [(p, torch.tensor(tokenizer(text, add_special_tokens=False).input_ids + vlm.stop_ids(model, tokenizer)[:1]))
              for (_, p), text in zip(prompts, texts)]
-    total, loss = sum(gather(sum(len(tokens) for _, tokens in items), ranks)), 0.0
+    share = 1 / ranks.sp if stage2 else 1                  # with stage 2 every sp rank has the loss of all tokens
+    total, loss = sum(gather(sum(len(tokens) for _, tokens in items), ranks)) * share, 0.0
     for batch in micro_batches(items, lambda x: len(x[0].ids) + len(x[1]), c.max_tokens):
-        logprobs, _ = vlm.logprobs(model, [p for p, _ in batch], [[t] for _, t in batch], banned)
+        logprobs, _ = vlm.logprobs(model, [p for p, _ in batch], [[t] for _, t in batch], banned, ranks=ranks if stage2 else None)
         part = -logprobs.sum() / total
         part.backward()
-        loss += float(part.detach())
+        loss += float(part.detach()) * share
     return sum(gather(loss, ranks))
 
 
@@ -255,17 +258,19 @@ class Group:
 def grpo_step(model, groups, c, ranks, banned, divisor):
     """Backward of the clipped objective over this rank's share of some groups. -> sums of metrics over its tokens.
 
-    The sp ranks of one video each hold G/sp of its completions. Gradients are left to be summed over all ranks.
+    The sp ranks of one video each hold G/sp of its completions; with stage 2, 1/sp of the sequence of all of them.
+    Gradients are left to be summed over all ranks.
     divisor: completions ("sample") or sampled tokens ("token") of the whole optimizer step.
     """
-    lo, hi = encode.shard(c.group_size, ranks.sp_rank, ranks.sp)
+    lo, hi = (0, c.group_size) if c.stage2 else encode.shard(c.group_size, ranks.sp_rank, ranks.sp)
     items = [(g.prompt, g.completions[lo:hi], g.advantages[lo:hi]) for g in groups]
     cost = lambda item: len(item[0].ids) + sum(len(x.tokens) for x in item[1])
     pad = lambda xs: torch.nn.utils.rnn.pad_sequence(xs, batch_first=True).to(ranks.device)
     sums = {"entropy": 0.0, "gap": 0.0, "gap_max": 0.0, "tokens": 0.0, "clip_low": 0.0, "clip_high": 0.0}
     for batch in micro_batches(items, cost, c.max_tokens):
         prompts, completions, advantages = zip(*batch)
-        logprobs, entropy = vlm.logprobs(model, prompts, [[x.tokens for x in xs] for xs in completions], banned)
+        logprobs, entropy = vlm.logprobs(model, prompts, [[x.tokens for x in xs] for xs in completions], banned,
+                                         ranks=ranks if c.stage2 else None)
         flat = [x for xs in completions for x in xs]
         old, mask = pad([x.logprobs for x in flat]), pad([x.sampled for x in flat])                # [N, L]
         loss, metrics = grpo.policy_loss(logprobs, old, torch.cat(advantages).to(ranks.device), mask, c.clip_low,
@@ -274,7 +279,8 @@ def grpo_step(model, groups, c, ranks, banned, divisor):
         gap = (logprobs.detach() - old)[mask].abs()        # sampler against trainer, on the tokens that were sampled
         metrics |= {"entropy": float(entropy[mask].sum()), "gap": float(gap.sum()), "gap_max": float(gap.max()) if len(gap) else 0.0}
         sums = {k: max(v, metrics[k]) if k == "gap_max" else v + metrics[k] for k, v in sums.items()}
-    return sums
+    once = not (c.stage2 and ranks.sp_rank)                # with stage 2 every sp rank has the metrics of all tokens
+    return sums if once else dict.fromkeys(sums, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,6 +397,8 @@ def main(c):
         check_same_run(c, state["config"], found)
         say(f"going on from {found}: {', '.join(f'{n} {stage} steps' for stage, n in state['done'].items())} done")
     model, tokenizer = vlm.load(found or c.model, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
+    if c.stage2:
+        encode.check_heads(model.config.text_config.num_attention_heads, model.config.text_config.num_key_value_heads, ranks)
     banned, tower = vlm.banned_ids(model, tokenizer), model.model.visual
     lines = []
     if ranks.rank == 0:                                    # what was logged after the checkpoint will be logged again
@@ -467,6 +475,7 @@ def main(c):
 
     # Align and cold start: next-token loss on given texts. Only a tower made from nothing trains, and only here.
     made = c.model == "tiny"
+    stage2 = c.stage2 and not made                         # a tower that trains is small, and sees other videos on each rank
     tower.requires_grad_(made)
     taught = [s.id for s in train if s.thought]
     for stage, steps in (("align", c.align_steps if made else 0), ("sft", c.sft_steps)):
@@ -484,10 +493,10 @@ def main(c):
                 prompts, dropped = watched_prompts(model, tokenizer, batch[ranks.rank::ranks.world], c, ranks)
             else:                                          # the sp ranks encode together, then each trains on its part
                 prompts, dropped = make_prompts(model, tokenizer, batch[ranks.dp_rank::ranks.dp], c, ranks, cache)
-                prompts = prompts[ranks.sp_rank::ranks.sp]
+                prompts = prompts if stage2 else prompts[ranks.sp_rank::ranks.sp]
             texts = [s.thought if stage == "align" else data.taught_text(s) for s, _ in prompts]
             drop(curriculum, dropped)
-            loss = sft_step(model, tokenizer, prompts, texts, c, ranks, banned)
+            loss = sft_step(model, tokenizer, prompts, texts, c, ranks, banned, stage2)
             fall = max(0.1, 1 - step / steps)              # linearly to a tenth
             norm = update(model, optimizer, c.sft_lr * min(1, (step + 1) / max(1, c.warmup)) * fall, ranks)
             log(stage, step + 1, loss=loss, grad_norm=norm, skipped=count_skipped(norm), dropped=len(curriculum.dropped),

@@ -174,6 +174,22 @@ def test_packed_mask_of_several_chunks_of_several_rows(prompts, banned, tiny, mo
     assert torch.allclose(got, vlm.logprobs(model, prompts, completions, banned)[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("chunk", [1 << 24, 1])
+def test_packed_attention_by_definition(chunk):
+    """The layout alone, two rows, fewer kv heads than heads, a scale that is not the default: one dense masked softmax."""
+    lengths, owner = torch.tensor([3, 5]), torch.tensor([[0, 0, 1, 2, 2, 2], [0, 1, 1, 1, -1, -1]])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 11, 8, generator=generator) for heads in (4, 2, 2))
+    out = vlm.Packed(lengths, owner, torch.float32, chunk=chunk)(0, q, k, v, 0.9)
+    assert out.shape == q.shape and torch.isfinite(out).all()
+    for b in range(2):
+        for i in [*range(lengths[b]), *range(5, 5 + int((owner[b] >= 0).sum()))]:                  # real queries
+            sees = [j for j in range(lengths[b]) if j <= i] + [j for j in range(5, i + 1) if owner[b, j - 5] == owner[b, i - 5]]
+            for head in range(4):
+                p = (k[b, head // 2, sees] @ q[b, head, i] * 0.9).softmax(0)
+                assert torch.allclose(out[b, head, i], p @ v[b, head // 2, sees], atol=1e-5), (b, i, head)
+
+
 def test_gradient_reaches_the_vision_tokens_as_in_separate_passes(tiny, stock, prompts, banned):
     """While the tower itself trains (the tiny model's cold start), its tokens carry gradient from all completions."""
     model, [group] = tiny[0], [answers(banned, [4, 1, 6])]
@@ -707,6 +723,15 @@ def test_preprocessing_is_read_from_every_form_of_file(tmp_path, files, bounds):
         (tmp_path / name).write_text(json.dumps(content))
     px = vlm.read_pixels(str(tmp_path))
     assert asdict(px) == dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], patch=14, temporal=2, merge=2, min_pixels=bounds[0], max_pixels=bounds[1])
+
+
+def test_bounds_that_disagree_mean_what_they_mean_to_transformers(tmp_path):
+    """Files that hold both forms: who lowers max_pixels by hand, as model cards advise, would see it ignored by us alone."""
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        (tmp_path / name).write_text(json.dumps({**SIZED, "size": {"shortest_edge": 784, "longest_edge": 99999}, "min_pixels": 1568,
+                                                 "max_pixels": 7840, "image_processor_type": "Qwen2VLImageProcessor"}))
+    theirs, mine = Qwen2VLImageProcessorPil.from_pretrained(tmp_path).size, vlm.read_pixels(str(tmp_path))
+    assert (mine.min_pixels, mine.max_pixels) == (theirs.shortest_edge, theirs.longest_edge)
 
 
 def test_no_preprocessing_file_is_named(tmp_path):

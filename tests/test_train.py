@@ -39,7 +39,7 @@ SMALL = dict(frames=2, align_steps=2, sft_steps=14, sft_batch=4, sft_lr=3e-3, rl
              think_budget=8, answer_budget=6, lr=1e-3, warmup=1, eval_samples=4, eval_every=3, save_every=3, show_every=4)
 ENV = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
 ENV |= {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-BOUND = 120            # seconds within which every process must have ended; they take a tenth of it
+BOUND = 900            # seconds within which every process must have ended; they take a tenth of it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
