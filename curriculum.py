@@ -26,6 +26,13 @@ class Curriculum:
                 drawn.append(id)
         return drawn
 
+    def peek(self, n):
+        """What draw(n) would give now, without drawing; nothing if nothing is left. A sample dropped later changes it."""
+        drawn = self.drawn
+        ids = self.draw(n) if len(self.dropped) < len(self.ids) else []
+        self.drawn = drawn
+        return ids
+
     def order(self, epoch):
         if getattr(self, "shuffled", (None,))[0] != epoch:
             ids = list(self.ids)

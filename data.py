@@ -3,18 +3,24 @@ What a question about a video is, how real video is read, and the videos that ar
 
     load            questions from a .jsonl, from LongVideo-Reason's .json, or "toy"
     open_video      any usual file, folder of pictures or picture; pixels are read when asked for, a few at a time
+    fingerprint     the content of a video, whatever its name
+    Ahead           reads the next videos in a thread while others are computed with
     toy_story       the built-in videos: what happens, a question, the right reasoning, a teacher's imperfect one
 
     python data.py    draws assets/toy.png, a sheet of built-in videos with their questions, thoughts and answers
 """
+import atexit
 import hashlib
 import itertools
 import json
 import os
 import random
 import re
-from contextlib import contextmanager
-from dataclasses import dataclass
+import threading
+from collections import deque
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Callable
 
 import av
@@ -206,14 +212,17 @@ def make_video(path, chosen, size, seconds, one, read):
 
 # pictures, through pillow
 
-def open_folder(path, frames):
-    """files with a picture suffix, not hidden, in natural order (frame_2 before frame_10), one second apart"""
+def pictures(path):
     natural = lambda name: ([int(x) if x.isdigit() else x.lower() for x in re.split(r"([0-9]+)", name)], name)
     names = [n for n in os.listdir(path) if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
-    files = [os.path.join(path, n) for n in sorted(names, key=natural)]
-    if not files:
+    if not names:
         raise VideoError(f"{path}: no pictures in this folder")
-    sizes = []
+    return [os.path.join(path, n) for n in sorted(names, key=natural)]
+
+
+def open_folder(path, frames):
+    """files with a picture suffix, not hidden, in natural order (frame_2 before frame_10), one second apart"""
+    files, sizes = pictures(path), []
     for file in files:
         try:
             with Image.open(file, formats=PICTURES) as image:                # reads the header only
@@ -419,6 +428,168 @@ def to_upright(frame):
     else:
         rgb = frame.to_ndarray(format="rgb24", threads=1)                    # (H, W, 3)
     return np.rot90(rgb, frame.rotation // 90)                               # both count counter-clockwise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a video's content is, and reading it before its turn
+
+def fingerprint(path, folder=""):
+    """-> 64 hexadecimal digits, the same for the same content under any name: of a file its bytes, of a folder the names
+    and bytes of its pictures in order, of a built-in video its frames. Raises VideoError as `open_video` does.
+
+    A file is read whole, once: then it is remembered by absolute path, size and time of change; in `folder`, if given,
+    for later runs too.
+    """
+    path = os.fspath(path)
+    if path.startswith("toy:"):
+        return toy_fingerprint(path)
+    if not os.path.exists(path):
+        raise VideoError(f"{path}: no such file or folder")
+    try:
+        files = pictures(path) if os.path.isdir(path) else [path]
+        stamps = [(os.path.abspath(file), s.st_size, s.st_mtime_ns) for file in files for s in [os.stat(file)]]
+        return hash_files(tuple(stamps), os.path.isdir(path), folder)
+    except OSError as e:
+        raise VideoError(f"{path}: cannot be read ({e.strerror})") from e
+
+
+@lru_cache(maxsize=None)
+def toy_fingerprint(path):
+    video = open_toy(path, 10 ** 9)
+    return hashlib.sha256(video.read(0, video.frames)).hexdigest()
+
+
+@lru_cache(maxsize=None)
+def hash_files(stamps, named, folder):
+    """stamps: ((path, size, time), ...); named: the files' names are content too, as in a folder of pictures."""
+    if folder:
+        note = os.path.join(folder, hashlib.sha256(repr((stamps, named)).encode()).hexdigest() + ".content")
+        with suppress(OSError, UnicodeDecodeError), open(note) as f:
+            found = f.read()
+            if re.fullmatch("[0-9a-f]{64}", found):        # else cut off, when the machine went down
+                return found
+    whole = hashlib.sha256()
+    for path, size, _ in stamps:
+        whole.update(repr((os.path.basename(path), size)).encode() if named else b"")
+        with open(path, "rb") as f:
+            hashlib.file_digest(f, lambda: whole)
+    if folder:
+        part = f"{note}.{os.getpid()}"                     # ranks may write the same, each under a name of its own
+        try:
+            with open(part, "w") as f:
+                f.write(whole.hexdigest())
+            os.replace(part, note)
+        except OSError:                                    # a full disk: the next run hashes the file again, no harm
+            with suppress(OSError):
+                os.remove(part)
+    return whole.hexdigest()
+
+
+@dataclass(eq=False)
+class Job:
+    """A video that Ahead reads."""
+    path: str
+    ready: bool = False        # what follows is known
+    name: str = ""             # of the content; empty: nobody will ask
+    video: Video = None        # None: it did not open, `read` holds the error
+    pieces: list = ()          # (lo, hi) not yet handed over
+    read: deque = field(default_factory=deque)             # the frames of the first of them; last perhaps an error
+    opened: bool = False       # its turn has come
+
+
+class Ahead:
+    """Videos read in one background thread before their turn, with the values and the errors of `open_video`.
+
+    At most `most` bytes of frames wait, beside the piece that is being read. Of a long video the thread reads the
+    beginning and goes on as pieces are taken, so that reading and encoding overlap. A rank has its own; nothing in it
+    needs the other ranks.
+    """
+
+    def __init__(self, frames, most=512 << 20):
+        """frames: as for `open_video`. No thread runs before `start`."""
+        self.frames, self.most, self.thread = frames, most, None
+        self.jobs, self.changed = [], threading.Condition()                    # jobs in the order of their turns
+
+    def start(self, paths, name, pieces):
+        """Forget all that waits and begin to read these, in the order of their turns.
+
+        name(path) -> a name of the content, None where it need not be read; pieces(video) -> [(lo, hi)], what its read
+        will be asked for, in order. Both are called in the thread.
+        """
+        self.stop()
+        self.jobs = [Job(path) for path in dict.fromkeys(paths)]
+        self.thread = threading.Thread(target=self.work, args=(list(self.jobs), name, pieces), daemon=True)
+        self.thread.start()
+        atexit.register(self.stop)                         # or the interpreter would go down around a thread inside FFmpeg
+
+    def stop(self):
+        """Forget all that waits. The thread ends; this takes as long as the piece that it is reading."""
+        self.forget(len(self.jobs))
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+            atexit.unregister(self.stop)
+
+    def forget(self, n):
+        with self.changed:
+            del self.jobs[:n]
+            self.changed.notify_all()
+
+    def work(self, jobs, name, pieces):
+        for job in jobs:
+            try:
+                if job in self.jobs:
+                    job.name = name(job.path)
+                if job.name:
+                    video = open_video(job.path, self.frames)
+                    job.pieces, job.video = pieces(video), video
+                self.hand(job)
+                for lo, hi in list(job.pieces):
+                    if job in self.jobs:
+                        self.hand(job, job.video.read(lo, hi))
+            except Exception as e:                         # whatever it is: the rank raises it, when the video's turn comes
+                self.hand(job, e)
+
+    def hand(self, job, *what):
+        size = lambda things: sum(getattr(x, "nbytes", 0) for x in things)
+        with self.changed:
+            waiting = lambda: sum(size(j.read) for j in self.jobs)
+            self.changed.wait_for(lambda: job not in self.jobs or not waiting() or waiting() + size(what) <= self.most)
+            job.read.extend(what)
+            job.ready = True
+            self.changed.notify_all()
+
+    def open(self, path, name):
+        """`open_video(path, frames)`, for whom the thread may have begun. It is only used where the content was that of
+        `name` when the thread began. Videos whose turn came before are forgotten."""
+        at = next((i for i, job in enumerate(self.jobs) if job.path == path and not job.opened), None)
+        if at is None:
+            return open_video(path, self.frames)
+        self.forget(at)
+        job = self.jobs[0]
+        job.opened = True
+        with self.changed:
+            self.changed.wait_for(lambda: job.ready)
+        if job.name != name:
+            self.forget(1)
+            return open_video(path, self.frames)
+        if job.video is None:
+            raise job.read[0]
+
+        def read(lo, hi):
+            if job.pieces[:1] != [(lo, hi)]:               # not as foreseen
+                return job.video.read(lo, hi)
+            with self.changed:
+                self.changed.wait_for(lambda: job.read or job not in self.jobs)
+                if not job.read:                           # forgotten before it was read
+                    return job.video.read(lo, hi)
+                if isinstance(job.read[0], Exception):     # it stays: whoever asks again hears it again
+                    raise job.read[0]
+                self.changed.notify_all()
+                job.pieces.pop(0)
+                return job.read.popleft()
+
+        return replace(job.video, read=read)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

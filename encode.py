@@ -6,13 +6,20 @@ one all-gather later every rank holds all the vision tokens. They are kept and r
 Stage 2, sequence parallel: the packed sequence itself is sharded for the policy's forward and backward (Ulysses).
 Without torchrun everything here is a no-op.
 """
+import fcntl
+import hashlib
+import json
 import os
+import tempfile
 from collections import OrderedDict
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from transformers import AttentionInterface
 
@@ -101,8 +108,22 @@ def together(work, ranks):
     return result
 
 
+def led(work, ranks):
+    """work() on sp_rank 0 alone. Every rank of the group returns what it returned, or raises what it raised."""
+    box = [together(lambda: work() if ranks.sp_rank == 0 else None, ranks)]
+    if ranks.sp > 1:
+        dist.broadcast_object_list(box, group_src=0, group=ranks.group)
+    return box[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # stage 1
+
+def spans(t, ranks, group=64):
+    """The temporal patches (lo, hi) of t that a rank encodes, at most `group` at once, in order."""
+    lo, hi = shard(t, ranks.sp_rank, ranks.sp)
+    return [(first, min(first + group, hi)) for first in range(lo, hi, group)]
+
 
 @torch.no_grad()
 def encode(tower, open_patches, ranks, group=64):
@@ -116,10 +137,8 @@ def encode(tower, open_patches, ranks, group=64):
     """
     def own():
         (t, h, w), merge, read = open_patches()
-        lo, hi = shard(t, ranks.sp_rank, ranks.sp)
         parts = []
-        for first in range(lo, hi, group):
-            last = min(first + group, hi)
+        for first, last in spans(t, ranks, group):
             patches = read(first, last).to(ranks.device, tower.dtype)
             parts.append(tower(patches, grid_thw=torch.tensor([[last - first, h, w]], device=ranks.device)).pooler_output)
         return (t, h, w), h * w // merge ** 2, parts       # a temporal patch is so many vision tokens
@@ -137,22 +156,120 @@ def encode(tower, open_patches, ranks, group=64):
     return torch.cat([x[:n] for x, n in zip(every, sizes)]), (t, h, w)                             # [V, D], in order
 
 
+def sha256(text, *tensors):
+    """Of a text and the bytes of tensors. -> 64 hexadecimal digits"""
+    whole = hashlib.sha256(text.encode())
+    for x in tensors:
+        whole.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()
+
+
 class Cache:
-    """Vision tokens by video, for as long as the tower is frozen: every frame is encoded once. The least recently used
-    go first when `most` bytes are reached."""
+    """Vision tokens by the content of the video: every frame goes through the tower once in a run, restarts included.
 
-    def __init__(self, most=4 << 30):
+    In memory, on the ranks' devices, the least recently used go first when `most` bytes are reached (the last one used
+    stays, however large). With a folder also on disk: a file an entry, never deleted by us, for any number of ranks and
+    runs at once. Nobody encodes what another is encoding: a lock on a file beside the entry is held meanwhile. The
+    system takes it from a process that dies.
+    """
+
+    def __init__(self, most=4 << 30, folder="", say=print):
+        """say(line) is called on one rank of a group. Raises ValueError where the folder cannot be made or written to."""
         self.kept, self.bytes, self.most = OrderedDict(), 0, most
+        self.folder, self.say, self.tower = folder, say, (None, None, None)
+        if folder:
+            try:
+                os.makedirs(folder, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder) as probe:      # permission bits do not tell: root, read-only disks
+                    fcntl.flock(probe, fcntl.LOCK_EX)
+            except OSError as e:
+                raise ValueError(f"cache_dir {folder}: not a folder that can be written to ({e.strerror})") from e
 
-    def get(self, key, make):
-        """What make() -> (vision [V,D], ...) returned for this key, now or earlier."""
+    def key(self, tower, *what):
+        """The name of an entry: a hash of `what` (content, sampling, preprocessing: anything that JSON can write) and of
+        the tower. Its weights are hashed again only if they were written to: once a run, since it is frozen."""
+        version = sum(p._version for p in tower.parameters())
+        if self.tower[:2] != (tower, version):
+            config = {k: v for k, v in tower.config.to_dict().items() if k != "dtype"}         # None before a checkpoint
+            weights = tower.state_dict()
+            shapes = [(name, str(w.dtype), w.shape) for name, w in weights.items()]
+            self.tower = tower, version, sha256(json.dumps([config, shapes], sort_keys=True, default=str), *weights.values())
+        return sha256(json.dumps([*what, self.tower[2], "1"]))                 # "2" once a tower's tokens come out otherwise
+
+    def has(self, key):
+        """Whether a get would find this key: a guess, since another rank or run may be at work on it."""
+        return key in self.kept or bool(self.folder) and os.path.exists(self.path(key))
+
+    def get(self, key, make, ranks=Ranks()):
+        """What make() -> (vision [V,D], (t,h,w), seconds) returned for this key: earlier, in another run, or now.
+
+        All sp ranks call this alike, with one key: then memory holds the same on each, and sp_rank 0 decides for the disk.
+        What make raises passes through; nothing is kept of it. A damaged entry, or a disk that is full, costs a line
+        and the work of make, never the run.
+        """
         if key not in self.kept:
-            self.kept[key] = make()
-            self.bytes += self.kept[key][0].nbytes
+            entry = self.through_disk(key, make, ranks) if self.folder else make()
+            self.kept[key] = entry
+            self.bytes += entry[0].nbytes
             while self.bytes > self.most and len(self.kept) > 1:
                 self.bytes -= self.kept.popitem(last=False)[1][0].nbytes
         self.kept.move_to_end(key)
         return self.kept[key]
+
+    def path(self, key):
+        return os.path.join(self.folder, key + ".safetensors")
+
+    def through_disk(self, key, make, ranks):
+        with ExitStack() as held:                          # the lock, on sp_rank 0, until the entry is written
+            def look():
+                try:
+                    lock = held.enter_context(open(self.path(key) + ".lock", "w"))
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                except OSError as e:                       # a full disk may not hold even this; write() will say so
+                    self.say(f"{self.path(key)}: no lock ({e.strerror}); another run may encode the same video")
+                return self.read(key)
+
+            entry = led(look, ranks)
+            if entry:
+                return entry[0].to(ranks.device), *entry[1:]
+            entry = make()
+            if ranks.sp_rank == 0:
+                self.write(key, *entry)
+            return entry
+
+    def read(self, key):
+        """-> (vision on the CPU, (t,h,w), seconds), bit for bit as written; None where there is no whole entry."""
+        try:
+            with safe_open(self.path(key), "pt") as f:
+                about, vision = f.metadata(), f.get_tensor("vision").clone()       # else it would change with the file
+            if about["sha256"] != self.seal(key, about["video"], vision):
+                raise ValueError("its sha256 is another")
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
+            self.say(f"{self.path(key)}: a damaged cache entry ({e}); the video is encoded again")
+            return None
+        grid, seconds = json.loads(about["video"])
+        return vision, tuple(grid), seconds
+
+    def write(self, key, vision, grid, seconds):
+        """Under another name first, so that a file under its own name is whole. The lock sees to it that we are alone."""
+        path, video = self.path(key), json.dumps([grid, seconds])
+        vision = vision.cpu().contiguous()
+        try:
+            with open(path + ".tmp", "wb") as f:
+                f.write(save({"vision": vision}, {"video": video, "sha256": self.seal(key, video, vision)}))
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(path + ".tmp", path)
+        except OSError as e:
+            with suppress(OSError):
+                os.remove(path + ".tmp")
+            self.say(f"{path}: not written ({e.strerror}); the run goes on without this entry")
+
+    def seal(self, key, video, vision):
+        """What an entry must hash to: the tokens, and all that says what they are."""
+        return sha256(f"{key} {video} {vision.dtype} {tuple(vision.shape)}", vision)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -135,6 +135,12 @@ def encode_video(model, open_video, ranks):
     return *encode.encode(model.model.visual, open_patches, ranks), seconds
 
 
+def frames_to_read(model, video, ranks):
+    """The frames (lo, hi) that encode_video asks of a video on this rank, in order: what can be read ahead."""
+    size = model.pixels.temporal
+    return [(lo * size, min(hi * size, video.frames)) for lo, hi in encode.spans(-(-video.frames // size), ranks)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the prompt
 

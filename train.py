@@ -46,6 +46,8 @@ class Config:
     data: str = "toy"              # "toy" (built-in videos), a .jsonl of samples, or a LongVideo-Reason .json
     eval_data: str = ""            # likewise; empty: the part of data whose videos are held out by a hash
     video_dir: str = ""            # where relative video paths begin; empty: beside the data file
+    cache_dir: str = ""            # vision tokens on disk, for other runs and restarts; empty: in memory alone
+    cache_gb: float = 4.0          # of vision tokens in each rank's memory
     out_dir: str = "out"           # checkpoints, metrics.jsonl, curves.png; a run found here goes on
     mode: str = "train"            # "train", or "eval": greedy accuracy and pass@k of `model`, one JSON line last
     seed: int = 0                  # all randomness is a function of seed, step, sample and completion number
@@ -84,7 +86,7 @@ class Config:
 
 
 # What may differ when a run goes on: none of these changes what a step computes (sp, stage2, max_tokens: to float error).
-MAY_CHANGE = {"eval_data", "video_dir", "out_dir", "mode", "sp", "stage2", "max_tokens", "rl_steps", "eval_every",
+MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "max_tokens", "rl_steps", "eval_every",
               "eval_samples", "show_every", "save_every"}
 
 
@@ -129,6 +131,8 @@ def check(c, ranks):
     for key in ("think_budget", "align_steps", "sft_steps", "rl_steps", "warmup", "eval_every", "eval_samples", "show_every"):
         if getattr(c, key) < 0:
             raise ValueError(f"{key} = {getattr(c, key)} must not be negative")
+    if not c.cache_gb >= 0:                                # not a number, too
+        raise ValueError(f"cache_gb = {c.cache_gb} must not be negative")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +153,37 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def make_prompts(model, tokenizer, samples, c, ranks, cache):
+def video_key(model, path, c, cache):
+    return cache.key(model.model.visual, data.fingerprint(path, c.cache_dir), c.frames, asdict(model.pixels))
+
+
+def see(model, path, c, ranks, cache, ahead=None):
+    """A video's vision tokens, from the cache or new; ahead: a `data.Ahead` that may have read it. -> as `vlm.encode_video`
+
+    Raises data.VideoError, on all sp ranks alike.
+    """
+    key = encode.led(lambda: video_key(model, path, c, cache), ranks)
+
+    def make():
+        seen = vlm.encode_video(model, lambda: ahead.open(path, key) if ahead else data.open_video(path, c.frames), ranks)
+        if encode.led(lambda: video_key(model, path, c, cache), ranks) != key:
+            raise data.VideoError(f"{path}: changed while it was read")
+        return seen
+
+    return cache.get(key, make, ranks)
+
+
+def read_ahead(ahead, model, samples, c, ranks, cache):
+    """Begin to read the videos of samples, while others are computed with: not the built-in, nor what the cache has."""
+    def name(path):
+        key = video_key(model, path, c, cache)
+        return None if cache.has(key) else key
+
+    ahead.start([s.video for s in samples if not s.video.startswith("toy:")], name,
+                lambda video: vlm.frames_to_read(model, video, ranks))
+
+
+def make_prompts(model, tokenizer, samples, c, ranks, cache, ahead=None):
     """Prompts of samples, each video encoded once. -> (list of (Sample, Prompt), {id: why} of what had to be dropped)
 
     A video that does not decode and a prompt that is too long are dropped, never replaced and never cut.
@@ -157,8 +191,7 @@ def make_prompts(model, tokenizer, samples, c, ranks, cache):
     made, dropped = [], {}
     for sample in samples:
         try:
-            seen = cache.get(sample.video, lambda: vlm.encode_video(
-                model, lambda: data.open_video(sample.video, c.frames), ranks))
+            seen = see(model, sample.video, c, ranks, cache, ahead)
             prompt = vlm.make_prompt(model, tokenizer, sample.question, *seen)
             vlm.check_length(model, prompt, c.think_budget + c.answer_budget)
             made.append((sample, prompt))
@@ -379,7 +412,7 @@ def main(c):
     train, held = (samples, data.load(c.eval_data, c.video_dir)) if c.eval_data else data.split(samples)
     held = held[:c.eval_samples]
     by_id = {s.id: s for s in train}
-    cache = encode.Cache()
+    cache, ahead = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write), data.Ahead(c.frames)
 
     if c.mode == "eval":
         model, tokenizer = vlm.load(c.model, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
@@ -492,10 +525,13 @@ def main(c):
             if made:
                 prompts, dropped = watched_prompts(model, tokenizer, batch[ranks.rank::ranks.world], c, ranks)
             else:                                          # the sp ranks encode together, then each trains on its part
-                prompts, dropped = make_prompts(model, tokenizer, batch[ranks.dp_rank::ranks.dp], c, ranks, cache)
+                prompts, dropped = make_prompts(model, tokenizer, batch[ranks.dp_rank::ranks.dp], c, ranks, cache, ahead)
                 prompts = prompts if stage2 else prompts[ranks.sp_rank::ranks.sp]
             texts = [s.thought if stage == "align" else data.taught_text(s) for s, _ in prompts]
             drop(curriculum, dropped)
+            if not made and step + 1 < steps:
+                coming = [by_id[id] for id in curriculum.peek(c.sft_batch)]
+                read_ahead(ahead, model, coming[ranks.dp_rank::ranks.dp], c, ranks, cache)
             loss = sft_step(model, tokenizer, prompts, texts, c, ranks, banned, stage2)
             fall = max(0.1, 1 - step / steps)              # linearly to a tenth
             norm = update(model, optimizer, c.sft_lr * min(1, (step + 1) / max(1, c.warmup)) * fall, ranks)
@@ -517,7 +553,7 @@ def main(c):
     if started:
         optimizer, curriculum, bar, todo = started
         for step in todo:
-            record = rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, banned, cache, drop, count_skipped, say)
+            record = rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, banned, cache, ahead, drop, count_skipped, say)
             if c.eval_every and ((step + 1) % c.eval_every == 0 or step + 1 == c.rl_steps):
                 record |= look("RL", step + 1)
             log("rl", step + 1, **record)
@@ -527,10 +563,11 @@ def main(c):
             if step + 1 == c.rl_steps or (step + 1) % c.save_every == 0:
                 keep("rl", step + 1, optimizer, curriculum)
         bar.close()
+    ahead.stop()
     say(f"done: {c.out_dir}/model, {c.out_dir}/metrics.jsonl, {c.out_dir}/curves.png")
 
 
-def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, banned, cache, drop, count_skipped, say):
+def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, banned, cache, ahead, drop, count_skipped, say):
     """One step of RL: draw, encode, roll out, grade, and updates_per_rollout optimizer steps. -> what is logged"""
     clock = Clock()
 
@@ -538,9 +575,12 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
     drawn = [by_id[id] for id in curriculum.draw(c.prompts_per_step)]
     slots = range(ranks.dp_rank, len(drawn), ranks.dp)
     with clock("encode"):
-        made, dropped = make_prompts(model, tokenizer, [drawn[i] for i in slots], c, ranks, cache)
+        made, dropped = make_prompts(model, tokenizer, [drawn[i] for i in slots], c, ranks, cache, ahead)
     slots = [i for i in slots if drawn[i].id not in dropped]
     drop(curriculum, dropped)
+    if step + 1 < c.rl_steps:
+        coming = [by_id[id] for id in curriculum.peek(c.prompts_per_step)]
+        read_ahead(ahead, model, coming[ranks.dp_rank::ranks.dp], c, ranks, cache)
 
     # Roll out and grade. A sample drawn twice in a step gets other random numbers the second time.
     again = {i: sum(s.id == drawn[i].id for s in drawn[:i]) for i in slots}
