@@ -69,7 +69,7 @@ def read_pixels(name):
             continue
         size = c.get("size") or {}
         return Pixels(c["image_mean"], c["image_std"], c["patch_size"], c["temporal_patch_size"], c["merge_size"],
-                      size.get("shortest_edge") or c["min_pixels"], size.get("longest_edge") or c["max_pixels"])
+                      c.get("min_pixels") or size["shortest_edge"], c.get("max_pixels") or size["longest_edge"])
     raise ValueError(f"{name} has no video_preprocessor_config.json, processor_config.json or "
                      "preprocessor_config.json with image_mean in it; copy the one its authors publish")
 
@@ -78,7 +78,7 @@ def frame_size(height, width, px):
     """The size frames are resized to: both sides whole vision tokens, the area within the checkpoint's bounds.
 
     >>> frame_size(720, 1280, Pixels([], [], 14, 2, 2, 28 * 28, 112 * 112))
-    (56, 140)
+    (84, 140)
     """
     unit = px.patch * px.merge
     if max(height, width) > 200 * min(height, width):
@@ -163,6 +163,8 @@ def mrope_positions(ids, pad, grids, merge, interval):
             h, w = h // merge, w // merge
             time = (torch.arange(t) * torch.tensor(interval, dtype=torch.float32)).long()
             part = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1) + start
+            if not all(is_pad[at:at + part.shape[1]]):
+                raise ValueError("the vision pads in the prompt do not fill the grids")
         else:
             length = (is_pad + [True]).index(True, at) - at
             part = torch.arange(start, start + length).expand(3, -1)
@@ -412,7 +414,8 @@ def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
     model.set_attn_implementation({"text_config": "layout", "vision_config": "frames_flash"})
     model.pixels = pixels
     if max_pixels:
-        model.pixels.max_pixels = min(max_pixels, pixels.max_pixels)
+        pixels.max_pixels = min(max_pixels, pixels.max_pixels)
+        pixels.min_pixels = min(max_pixels, pixels.min_pixels)
     return model.to(device=device, dtype=dtype).eval(), tokenizer              # no dropout, in training either
 
 

@@ -378,6 +378,8 @@ def main(c):
     samples = data.load(c.data, c.video_dir)
     train, held = (samples, data.load(c.eval_data, c.video_dir)) if c.eval_data else data.split(samples)
     held = held[:c.eval_samples]
+    if not held:
+        say("no sample is held out: nothing will be evaluated (give --eval_data, or more videos)")
     by_id = {s.id: s for s in train}
     cache = encode.Cache()
 

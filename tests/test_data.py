@@ -337,7 +337,7 @@ def follow(thought, events, category, want, need):
         if colour == want[0]:
             said = words[6]
             match = said == "yes"
-            expected += [shape, want[1], "yes" if shape == want[1] and match else "no"]
+            expected += [shape, want[1], "yes" if shape == want[1] and match else "no", place]
             if shape == want[1] and not match:
                 overlooked.append(i)
         count += match

@@ -595,7 +595,7 @@ def test_a_failing_command_says_why_in_one_line(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("wrong, named", [
-    ({"model": "{tmp}/nope"}, "nope"), ({"model": "{tmp}"}, "no config.json"), ({"video": "{tmp}/nope.mp4"}, "nope.mp4"),
+    ({"model": "{tmp}/nope"}, "nope is no checkpoint"), ({"model": "{tmp}"}, "no config.json"), ({"video": "{tmp}/nope.mp4"}, "nope.mp4"),
     ({"video": "{tmp}"}, "{tmp}"), ({"video": "toy:x"}, "toy:x"), ({"question": "", "video": "{tmp}/a.mp4"}, "--question"),
     ({"frames": "0"}, "frames"), ({"think_budget": "-1"}, "think_budget"), ({"model": "{short}"}, "do not fit")],
     ids=["no model", "a folder that is no model", "no video", "an empty folder for a video", "a toy without a seed",
