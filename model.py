@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText,
                           AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
@@ -401,22 +402,30 @@ def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
     if name == "tiny":
         model, tokenizer, pixels = build_tiny(seed)
     else:
-        if os.path.exists(name) and not os.path.exists(os.path.join(name, "config.json")):
+        local = os.path.exists(name) or name.startswith((".", "/")) or name.count("/") > 1
+        if local and not os.path.exists(os.path.join(name, "config.json")):
             raise ValueError(f"{name} is no checkpoint: it has no config.json")
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "qwen2_5_vl":
             raise ValueError(f"{name} is a {config.model_type} model; this code reads qwen2_5_vl checkpoints")
-        model, info = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True)
-        missing = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-        if missing:
-            raise ValueError(f"{name}: tensors missing or not expected: {', '.join(missing[:5])} ({len(missing)} in all)")
+        try:
+            model, info = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True,
+                                                                      ignore_mismatched_sizes=True)
+        except SafetensorError as e:
+            raise ValueError(f"{name}: damaged weights ({e})") from e
+        wrong = [str(k) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in sorted(info[key])]
+        if wrong:
+            raise ValueError(f"{name}: tensors missing, not expected or of another shape: {', '.join(wrong[:5])} ({len(wrong)} in all)")
         tokenizer, pixels = AutoTokenizer.from_pretrained(name), read_pixels(name)
     model.set_attn_implementation({"text_config": "layout", "vision_config": "frames_flash"})
     model.pixels = pixels
     if max_pixels:
         pixels.max_pixels = min(max_pixels, pixels.max_pixels)
         pixels.min_pixels = min(max_pixels, pixels.min_pixels)
-    return model.to(device=device, dtype=dtype).eval(), tokenizer              # no dropout, in training either
+    model.to(device=device, dtype=dtype).eval()            # no dropout, in training either
+    for p in model.parameters():
+        p.data = p.data.clone()    # weights read from a file lie anywhere in memory, and matrix kernels round by alignment:
+    return model, tokenizer        # without this a resumed run differs from one never stopped in the last bit
 
 
 def save(model, tokenizer, path):

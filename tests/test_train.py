@@ -36,11 +36,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN = os.path.join(ROOT, "train.py")
 ALONE = encode.Ranks()
 SMALL = dict(frames=2, align_steps=2, sft_steps=16, sft_batch=8, sft_lr=3e-3, rl_steps=7, prompts_per_step=4, group_size=4,
-             think_budget=8, answer_budget=9, lr=1e-3, warmup=1, eval_samples=4, eval_every=3, save_every=3, show_every=4)
+             think_budget=8, answer_budget=9, lr=3e-4, warmup=1, eval_samples=4, eval_every=3, save_every=3, show_every=4)
 LAST = SMALL["align_steps"] + SMALL["sft_steps"] + SMALL["rl_steps"]                # the number of the last checkpoint
 ENV = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
 ENV |= {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-BOUND = 900            # seconds within which every process must have ended; they take a tenth of it
+BOUND = 600            # seconds within which every process must have ended: a hang in gloo would last 1800
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -534,13 +534,12 @@ def test_the_size_of_a_forward_changes_nothing(run, short, tmp_path):
 def test_the_size_of_a_forward_changes_nothing_while_the_tower_trains(files, tmp_path):
     """The whole batch goes through the tower in one call: the first micro-batch's backward freed the graph the second needs."""
     rows = []
-    for most in (1, 300, 16384):
+    for most in (300, 16384):
         alone(data=files.data, eval_data=files.eval_data, eval_every=0, align_steps=2, sft_steps=1, rl_steps=0, max_tokens=most,
               out_dir=tmp_path / f"{most}")
         rows.append(metrics(tmp_path / f"{most}"))
-    for other in rows[:2]:
-        close(other[:1], rows[2][:1], 1e-5)
-        close(other, rows[2], 1e-3)
+    close(rows[0][:1], rows[1][:1], 1e-5)
+    close(*rows, 1e-3)
 
 
 def test_a_step_without_signal_is_skipped_and_says_so(run, tmp_path, capsys):
@@ -551,9 +550,9 @@ def test_a_step_without_signal_is_skipped_and_says_so(run, tmp_path, capsys):
     assert same(weights(out), weights(run.dir))
     said = capsys.readouterr().out
     for r in metrics(out, "rl"):
-        assert (r["valid_groups"], r["accuracy"], r["grad_norm"], r["skipped"]) == (0, 0, 0, 0) and r["format"] > 0
+        assert (r["valid_groups"], r["accuracy"], r["grad_norm"], r["skipped"]) == (0, 0, 0, 0)
         assert f"RL {r['step']}: no group has answers that differ in accuracy" in said
-    assert len(metrics(out, "rl")) == 2
+    assert len(metrics(out, "rl")) == 2 and 0 < sum(r["format"] for r in metrics(out, "rl")) < 2   # so that rewards did differ
 
 
 def test_a_step_all_of_whose_videos_are_bad_is_empty_and_the_run_goes_on(run, tmp_path, capsys):
@@ -654,7 +653,7 @@ def bad_runs(run, files):
 def test_two_ranks_end_with_one_clear_line(run, bad_runs):
     one_clear_line(bad_runs["key"], "unknown hyperparameter 'group_sise'", "group_size")
     one_clear_line(bad_runs["sp"], "sp = 3 does not divide the 2 ranks")
-    one_clear_line(bad_runs["other"], "another configuration", "seed = 0 there, 1 here", "lr = 0.001 there, 0.5 here", "--out_dir")
+    one_clear_line(bad_runs["other"], "another configuration", "seed = 0 there, 1 here", "lr = 0.0003 there, 0.5 here", "--out_dir")
     assert os.readlink(run.model) == f"ckpt-{LAST}"
 
 
