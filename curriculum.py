@@ -9,36 +9,35 @@ class Curriculum:
 
     def __init__(self, ids, seed):
         self.ids, self.seed = sorted(ids), seed
-        self.drawn = 0                     # how many draws were ever made
+        self.epoch, self.queue = 0, []     # epochs begun; ids still to be drawn, in order
         self.dropped = {}                  # id -> why it cannot be used
         self.history = {}                  # id -> [sum of accuracies, completions]
 
     def draw(self, n):
-        """The next n ids; fewer than n distinct ones exist only if the data has fewer. Raises ValueError if none is left."""
-        if len(self.dropped) == len(self.ids):
+        """The next n ids, no id twice unless there are fewer than n. Raises ValueError if every one was dropped."""
+        usable, drawn, at = len(self.ids) - len(self.dropped), [], 0
+        if not usable:
             raise ValueError("no sample is left to draw: every one was dropped")
-        drawn = []
         while len(drawn) < n:
-            epoch, at = divmod(self.drawn, len(self.ids))
-            id = self.order(epoch)[at]
-            self.drawn += 1
-            if id not in self.dropped:
-                drawn.append(id)
+            if at == len(self.queue):
+                epoch = list(self.ids)
+                random.Random(f"{self.seed} epoch {self.epoch}").shuffle(epoch)
+                self.queue, self.epoch = self.queue + epoch, self.epoch + 1
+            if self.queue[at] in self.dropped:
+                self.queue.pop(at)
+            elif self.queue[at] in drawn[len(drawn) // usable * usable:]:      # at an epoch's end: wait for the next draw
+                at += 1
+            else:
+                drawn.append(self.queue.pop(at))
+                at = 0 if len(drawn) % usable == 0 else at
         return drawn
 
     def peek(self, n):
         """What draw(n) would give now, without drawing; nothing if nothing is left. A sample dropped later changes it."""
-        drawn = self.drawn
+        epoch, queue = self.epoch, list(self.queue)
         ids = self.draw(n) if len(self.dropped) < len(self.ids) else []
-        self.drawn = drawn
+        self.epoch, self.queue = epoch, queue
         return ids
-
-    def order(self, epoch):
-        if getattr(self, "shuffled", (None,))[0] != epoch:
-            ids = list(self.ids)
-            random.Random(f"{self.seed} epoch {epoch}").shuffle(ids)
-            self.shuffled = epoch, ids
-        return self.shuffled[1]
 
     def update(self, id, correct, total):
         """Note what a group of `total` completions earned: correct is the sum of their accuracies."""
@@ -49,10 +48,11 @@ class Curriculum:
         self.dropped[id] = why
 
     def state_dict(self):
-        return {"drawn": self.drawn, "dropped": self.dropped, "history": self.history}
+        return {"epoch": self.epoch, "queue": list(self.queue), "dropped": dict(self.dropped), "history": dict(self.history)}
 
     def load_state_dict(self, state):
-        self.drawn, self.dropped, self.history = state["drawn"], dict(state["dropped"]), dict(state["history"])
+        self.epoch, self.queue = state["epoch"], list(state["queue"])
+        self.dropped, self.history = dict(state["dropped"]), dict(state["history"])
 
 
 def has_signal(accuracies):

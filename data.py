@@ -65,6 +65,9 @@ def load(source, video_dir=""):
             raise ValueError(f"{where}: expected an object with the fields of a sample, found {type(record).__name__}")
         if "problem" in record or "problem_id" in record:
             record = from_longvideo_reason(record, where)
+        for field, value in record.items():
+            if field in Sample.__dataclass_fields__ and not isinstance(value, (str, int, float, type(None))):
+                raise ValueError(f"{where}: {field!r} is a {type(value).__name__}, expected text")
         fields = {k: str(record[k]).strip() for k in Sample.__dataclass_fields__
                   if record.get(k) is not None}
         for field in ("question", "answer", "video"):
@@ -127,7 +130,8 @@ def guess_domain(sample):
 def split(samples, part=0.05):
     """-> (train, held out). By a hash of the video, so that no video is on both sides, whatever else is in the data."""
     def held(sample):
-        name = sample.video if sample.video.startswith("toy:") else os.path.basename(sample.video)
+        toy = re.match(r"toy:0*(\d+)", sample.video)
+        name = f"toy:{toy[1]}" if toy else os.path.basename(os.path.normpath(sample.video))
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") < part * 2 ** 32
 
     return [s for s in samples if not held(s)], [s for s in samples if held(s)]
@@ -711,9 +715,9 @@ def toy_frames(seed):
 
 def open_toy(path, frames):
     """"toy:SEED", or "toy:SEED:N" for its first N events."""
-    match = re.fullmatch(r"toy:(\d+)(?::(\d+))?", path)
+    match = re.fullmatch(r"toy:(\d+)(?::0*([1-9]\d*))?", path)
     if not match:
-        raise VideoError(f"{path}: a built-in video is toy:SEED, with a whole number for SEED")
+        raise VideoError(f"{path}: a built-in video is toy:SEED or toy:SEED:EVENTS, with whole numbers above 0 for EVENTS")
     film = toy_frames(int(match[1]))
     film = film[:2 * int(match[2])] if match[2] else film
     index = pick(range(len(film)), len(film), frames)

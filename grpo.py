@@ -53,7 +53,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_low, clip_high, a
         loss = loss.sum(1) / lengths.clamp(min=1)                                                  # [B]
         divisor = len(mask) if divisor is None else divisor
     else:
-        divisor = mask.sum() if divisor is None else divisor
+        divisor = mask.sum().clamp(min=1) if divisor is None else divisor
     with torch.no_grad():
         low = mask & (advantage < 0) & (ratio < 1 - clip_low)
         high = mask & (advantage > 0) & (ratio > 1 + clip_high)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText,
                           AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
@@ -69,7 +70,7 @@ def read_pixels(name):
             continue
         size = c.get("size") or {}
         return Pixels(c["image_mean"], c["image_std"], c["patch_size"], c["temporal_patch_size"], c["merge_size"],
-                      size.get("shortest_edge") or c["min_pixels"], size.get("longest_edge") or c["max_pixels"])
+                      c.get("min_pixels") or size["shortest_edge"], c.get("max_pixels") or size["longest_edge"])
     raise ValueError(f"{name} has no video_preprocessor_config.json, processor_config.json or "
                      "preprocessor_config.json with image_mean in it; copy the one its authors publish")
 
@@ -78,7 +79,7 @@ def frame_size(height, width, px):
     """The size frames are resized to: both sides whole vision tokens, the area within the checkpoint's bounds.
 
     >>> frame_size(720, 1280, Pixels([], [], 14, 2, 2, 28 * 28, 112 * 112))
-    (56, 140)
+    (84, 140)
     """
     unit = px.patch * px.merge
     if max(height, width) > 200 * min(height, width):
@@ -169,6 +170,8 @@ def mrope_positions(ids, pad, grids, merge, interval):
             h, w = h // merge, w // merge
             time = (torch.arange(t) * torch.tensor(interval, dtype=torch.float32)).long()
             part = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1) + start
+            if not all(is_pad[at:at + part.shape[1]]):
+                raise ValueError("the vision pads in the prompt do not fill the grids")
         else:
             length = (is_pad + [True]).index(True, at) - at
             part = torch.arange(start, start + length).expand(3, -1)
@@ -405,21 +408,30 @@ def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
     if name == "tiny":
         model, tokenizer, pixels = build_tiny(seed)
     else:
-        if os.path.exists(name) and not os.path.exists(os.path.join(name, "config.json")):
+        local = os.path.exists(name) or name.startswith((".", "/")) or name.count("/") > 1
+        if local and not os.path.exists(os.path.join(name, "config.json")):
             raise ValueError(f"{name} is no checkpoint: it has no config.json")
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "qwen2_5_vl":
             raise ValueError(f"{name} is a {config.model_type} model; this code reads qwen2_5_vl checkpoints")
-        model, info = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True)
-        missing = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-        if missing:
-            raise ValueError(f"{name}: tensors missing or not expected: {', '.join(missing[:5])} ({len(missing)} in all)")
+        try:
+            model, info = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True,
+                                                                      ignore_mismatched_sizes=True)
+        except SafetensorError as e:
+            raise ValueError(f"{name}: damaged weights ({e})") from e
+        wrong = [str(k) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in sorted(info[key])]
+        if wrong:
+            raise ValueError(f"{name}: tensors missing, not expected or of another shape: {', '.join(wrong[:5])} ({len(wrong)} in all)")
         tokenizer, pixels = AutoTokenizer.from_pretrained(name), read_pixels(name)
     model.set_attn_implementation({"text_config": "layout", "vision_config": "frames_flash"})
     model.pixels = pixels
     if max_pixels:
-        model.pixels.max_pixels = min(max_pixels, pixels.max_pixels)
-    return model.to(device=device, dtype=dtype).eval(), tokenizer              # no dropout, in training either
+        pixels.max_pixels = min(max_pixels, pixels.max_pixels)
+        pixels.min_pixels = min(max_pixels, pixels.min_pixels)
+    model.to(device=device, dtype=dtype).eval()            # no dropout, in training either
+    for p in model.parameters():
+        p.data = p.data.clone()    # weights read from a file lie anywhere in memory, and matrix kernels round by alignment:
+    return model, tokenizer        # without this a resumed run differs from one never stopped in the last bit
 
 
 def save(model, tokenizer, path):

@@ -27,38 +27,48 @@ def extract_answer(text):
     >>> extract_answer("<think><answer>3</answer></think>") is None      # an answer thought is not an answer given
     True
     """
-    said = text.rpartition("</think>")[2]
-    found = ANSWER.findall(said)
-    if len(found) != 1 or said.count("<answer>") != 1 or said.count("</answer>") != 1:
+    _, thought, said = text.rpartition("</think>")
+    if not thought and "<think>" in text:                  # still thinking
         return None
-    return found[0].strip()
+    if said.count("<answer>") != 1 or said.count("</answer>") != 1:
+        return None
+    found = ANSWER.search(said)
+    return found[1].strip() if found else None
 
 
 def well_formed(text):
     """True where the whole response is one think block, then one answer block, each tag once. (LongVILA-R1, A9.)"""
-    return FORM.fullmatch(text) is not None and all(text.count(tag) == 1 for tag in TAGS)
+    return all(text.count(tag) == 1 for tag in TAGS) and FORM.fullmatch(text) is not None
 
 
 def fold(text):
-    """Case, spaces and punctuation folded away. "A  Red-ball." and "a red ball" are the same."""
+    """Case, spaces and punctuation folded away: "A  Red-ball." and "a red ball" are the same. Accents stay."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(c if c.isalnum() else " " for c in text).split())
+    return " ".join("".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split())
+
+
+CHOICE = re.compile(r"\(?([A-Za-z])(?:[).:]+(.*))?", re.DOTALL)            # a letter, perhaps its option's text
+ANOTHER = re.compile(r"\s*\(?[A-Za-z]\W*\Z|.*(?:\A|\s)\(?[A-Za-z][).:]\s", re.DOTALL)         # a second letter after it
 
 
 def choice(predicted, answer):
     """The letter, alone or before its option's text: "B", "(b)", "B. right". Two letters, or none, are wrong."""
-    letter = re.compile(r"\(?([A-Za-z])(?:[).:]|$)")
-    said, meant = letter.match(predicted), letter.match(answer.strip())
-    if said is None or meant is None or len(re.findall(r"(?:^|[\s(])[A-Za-z][).:]", predicted)) > 1:
+    said, meant = CHOICE.fullmatch(predicted.strip()), CHOICE.fullmatch(answer.strip())
+    if said is None or meant is None or ANOTHER.match(said[2] or ""):
         return 0.0
     return float(said[1].upper() == meant[1].upper())
 
 
+def whole_number(text):
+    """(sign, digits without leading zeros) of a text that is a whole number; None where it is anything else."""
+    found = re.fullmatch(r"([+-]?)(\d+)(?:\.0*)?", text.strip())
+    digits = found and "".join(str(int(d)) for d in found[2]).lstrip("0")          # of any script
+    return found and ((found[1] == "-") and digits != "", digits)
+
+
 def count(predicted, answer):
     """One whole number and nothing else: "7", "07", "7.0". "between 0 and 10" is no count."""
-    number = re.compile(r"([+-]?\d+)(?:\.0*)?")
-    said, meant = number.fullmatch(predicted.strip()), number.fullmatch(answer.strip())
-    return float(said is not None and meant is not None and int(said[1]) == int(meant[1]))
+    return float(whole_number(predicted) == whole_number(answer) is not None)
 
 
 def open_answer(predicted, answer):

@@ -120,7 +120,7 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
         tail: str = ""                 # the last few characters, to find </think> however it is cut into tokens
 
     rows = [Row() for _ in range(N * G)]
-    tokens, sampled, chosen = [], [], []
+    tokens, sampled, chosen, shown = [], [], [], 0
     for step in range(room):
         logp = vlm.token_distribution(model, hidden, banned)                   # [N*G, vocabulary]
         if greedy:
@@ -151,8 +151,11 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
         sampled.append(own)
         token = torch.tensor(picked, device=device)
         chosen.append(logp.gather(1, token[:, None])[:, 0])
-        if watch and rows[0].length == step + 1 and picked[0] not in stops:
-            watch(piece(picked[0]))
+        if watch and rows[0].length == step + 1:
+            text = tokenizer.decode([row[0] for row in tokens if row[0] not in stops])
+            if len(text) > shown and text[-1] != "\ufffd":  # a letter of several tokens is shown when it is whole
+                watch(text[shown:])
+                shown = len(text)
         if all(row.done for row in rows):
             break
         layout.step = step
@@ -164,8 +167,8 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     completions = []
     for row, ids, own, logp in zip(rows, tokens, sampled, chosen):
         ids, own, logp = (x[:row.length].clone() for x in (ids, own, logp))
-        completions.append(Completion(ids, own, logp.masked_fill(~own, 0.0), tokenizer.decode(ids, skip_special_tokens=True),
-                                      row.forced, row.truncated))
+        text = tokenizer.decode([i for i in ids.tolist() if i not in stops])       # tags may be special tokens: kept
+        completions.append(Completion(ids, own, logp.masked_fill(~own, 0.0), text, row.forced, row.truncated))
     return [completions[n * G:(n + 1) * G] for n in range(N)]
 
 
@@ -210,10 +213,14 @@ def main():
         question = data.toy_sample(int(args.video.split(":")[1])).question
     if not question:
         raise ValueError("--question is missing")
+    for name, least in (("frames", 1), ("max_pixels", 0), ("think_budget", 0), ("answer_budget", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name}={getattr(args, name)} must be at least {least}")
     ranks = encode.start(1)
     model, tokenizer = vlm.load(args.model, ranks.device, max_pixels=args.max_pixels)
     vision, grid, seconds = vlm.encode_video(model, lambda: data.open_video(args.video, args.frames), ranks)
     prompt = vlm.make_prompt(model, tokenizer, question, vision, grid, seconds)
+    vlm.check_length(model, prompt, args.think_budget + args.answer_budget)
     print(f"{args.video}: {grid[0]} x {grid[1]} x {grid[2]} patches, {len(vision)} vision tokens\n{question}\n")
     [[completion]] = sample(model, tokenizer, [prompt], [[("ask", args.sample)]], args.think_budget, args.answer_budget,
                             greedy=args.sample < 0, watch=lambda piece: print(piece, end="", flush=True))

@@ -23,7 +23,7 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -128,11 +128,14 @@ def check(c, ranks):
     for key in ("frames", "max_tokens", "sft_batch", "prompts_per_step", "updates_per_rollout", "answer_budget", "save_every"):
         if getattr(c, key) < 1:
             raise ValueError(f"{key} = {getattr(c, key)} must be at least 1")
-    for key in ("think_budget", "align_steps", "sft_steps", "rl_steps", "warmup", "eval_every", "eval_samples", "show_every"):
+    for key in ("seed", "max_pixels", "think_budget", "align_steps", "sft_steps", "rl_steps", "warmup", "eval_every", "eval_samples", "show_every"):
         if getattr(c, key) < 0:
             raise ValueError(f"{key} = {getattr(c, key)} must not be negative")
     if not c.cache_gb >= 0:                                # not a number, too
         raise ValueError(f"cache_gb = {c.cache_gb} must not be negative")
+    for key, most in (("lr", math.inf), ("sft_lr", math.inf), ("clip_low", 1), ("clip_high", math.inf), ("format_weight", 1)):
+        if not (0 <= getattr(c, key) <= most and math.isfinite(getattr(c, key))):
+            raise ValueError(f"{key} = {getattr(c, key)} must be a number from 0" + (f" to {most}" if most == 1 else " up"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,8 +268,13 @@ def update(model, optimizer, lr, ranks):
 
 def sft_step(model, tokenizer, prompts, texts, c, ranks, banned, stage2=False):
     """Loss on each text's tokens alone, their mean over the whole step. Gradients are left to be summed over the ranks."""
+    # Where the tower trains, all prompts hang on one graph of it: gradients stop at the vision tokens and go on from there
+    # once, after the last micro-batch.
+    visions = [p.vision for _, p in prompts if p.vision.requires_grad]
+    leaves = [v.detach().requires_grad_() for v in visions]
+    cut = [replace(p, vision=leaves[i]) if leaves else p for i, (_, p) in enumerate(prompts)]
     items = [(p, torch.tensor(tokenizer(text, add_special_tokens=False).input_ids + vlm.stop_ids(model, tokenizer)[:1]))
-             for (_, p), text in zip(prompts, texts)]
+             for p, text in zip(cut, texts)]
     share = 1 / ranks.sp if stage2 else 1                  # with stage 2 every sp rank has the loss of all tokens
     total, loss = sum(gather(sum(len(tokens) for _, tokens in items), ranks)) * share, 0.0
     for batch in micro_batches(items, lambda x: len(x[0].ids) + len(x[1]), c.max_tokens):
@@ -274,6 +282,8 @@ def sft_step(model, tokenizer, prompts, texts, c, ranks, banned, stage2=False):
         part = -logprobs.sum() / total
         part.backward()
         loss += float(part.detach()) * share
+    if visions:
+        torch.autograd.backward(visions, [leaf.grad for leaf in leaves])
     return sum(gather(loss, ranks))
 
 
@@ -341,7 +351,7 @@ def evaluate(model, tokenizer, samples, c, ranks, cache, k=0):
     rows = [row for part in gather(rows, ranks) for row in part]
     lost = {id: why for part in gather(dropped, ranks) for id, why in part.items()}
     if not rows:
-        raise ValueError(f"no sample could be evaluated ({len(lost)} dropped: {next(iter(lost.values()), 'none given')})")
+        return {"samples": 0, "dropped": len(lost), "why": next(iter(lost.values()), "no samples are held out")}
     mean = lambda xs: sum(xs) / len(xs)
     result = {"samples": len(rows), "dropped": len(lost), "accuracy": mean([r[1] for r in rows]), "format": mean([r[2] for r in rows]),
               "forced": mean([float(r[3]) for r in rows])}
@@ -377,6 +387,8 @@ def save(out_dir, model, tokenizer, state):
                 os.close(with_fd)
         shutil.rmtree(whole, ignore_errors=True)           # a leftover that the link never pointed to
         os.rename(half, whole)
+        if os.path.lexists(link + ".tmp"):                 # a run was killed between these two lines
+            os.remove(link + ".tmp")
         os.symlink(name, link + ".tmp")
         os.replace(link + ".tmp", link)
     except (OSError, SafetensorError, RuntimeError) as e:  # torch.save says RuntimeError for a full disk
@@ -392,6 +404,8 @@ def save(out_dir, model, tokenizer, state):
 def check_same_run(c, saved, where):
     """A run goes on only with the configuration it was started with, but for the keys in MAY_CHANGE."""
     differ = [k for k, v in asdict(c).items() if k not in MAY_CHANGE and saved.get(k) != v]
+    if bool(c.eval_data) != bool(saved["eval_data"]):      # without it a part of data is held out, which was trained on with it
+        differ.append("eval_data")
     if differ:
         what = ", ".join(f"{k} = {saved.get(k)!r} there, {getattr(c, k)!r} here" for k in differ)
         raise ValueError(f"{where} belongs to another configuration: {what}. Choose another --out_dir, or give the same values")
@@ -411,12 +425,19 @@ def main(c):
     samples = data.load(c.data, c.video_dir)
     train, held = (samples, data.load(c.eval_data, c.video_dir)) if c.eval_data else data.split(samples)
     held = held[:c.eval_samples]
+    if not held:
+        say("no sample is held out: nothing will be evaluated (give --eval_data, or more videos)")
+    for s in train + held:
+        if s.domain not in rewards.VERIFIERS:
+            raise ValueError(f"sample {s.id}: no verifier for domain {s.domain!r}; there are: {', '.join(rewards.VERIFIERS)}")
     by_id = {s.id: s for s in train}
     cache, ahead = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write), data.Ahead(c.frames)
 
     if c.mode == "eval":
         model, tokenizer = vlm.load(c.model, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
         result = evaluate(model, tokenizer, held, c, ranks, cache, k=c.group_size)
+        if not result["samples"]:
+            raise ValueError(f"no sample could be evaluated: {result['why']}")
         if ranks.rank == 0:
             print(json.dumps(result), flush=True)
         return
@@ -445,6 +466,7 @@ def main(c):
     def log(stage, step, **values):
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         state["lines"] += 1
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}      # JSON has no nan
         if ranks.rank == 0:
             lines.append(json.dumps({"step": step, "stage": stage, **values, "peak_mb": round(peak / 2 ** 20)}) + "\n")
             with open(log_file, "a") as f:
@@ -502,6 +524,9 @@ def main(c):
         if not (c.eval_every and held):
             return {}
         result = evaluate(model, tokenizer, held, c, ranks, cache)
+        if not result["samples"]:
+            say(f"{stage} {step}: no held-out sample could be read ({result['why']})")
+            return {}
         say(f"{stage} {step}: held-out accuracy {result['accuracy']:.1%}, format {result['format']:.1%}, "
             + ", ".join(f"{d} {a:.1%}" for d, a in result["domains"].items()) + f" ({result['samples']} samples)")
         return {"eval_accuracy": result["accuracy"], "eval_format": result["format"]}
@@ -679,6 +704,7 @@ if __name__ == "__main__":
     except (ValueError, OSError) as e:
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)                                  # rank 0 says the same, and torchrun then ends us all
+        print(file=sys.stderr)                             # off the line of a progress bar
         sys.exit(f"train.py: {e}")
     finally:
         if dist.is_initialized():

@@ -325,8 +325,8 @@ def ask(question, events):
 def follow(thought, events, category, want, need):
     """Read a thought line by line and check every claim in it. -> (the answer it comes to, events it overlooked)
 
-    A line: number, colour seen, colour asked for, the same or not; if so, shape seen, shape asked for, the same or not;
-    then what is known so far. The one lie that is let through: "no" at an event that is the one asked for.
+    A line: number, colour seen, colour asked for, the same or not; if so, shape seen, shape asked for, the same or not, and
+    the place; then what is known so far. The one lie that is let through: "no" at an event that is the one asked for.
     """
     count, state, overlooked = 0, "0" if need or category == "plot" else "none", []
     lines = thought.split("\n")
@@ -337,7 +337,7 @@ def follow(thought, events, category, want, need):
         if colour == want[0]:
             said = words[6]
             match = said == "yes"
-            expected += [shape, want[1], "yes" if shape == want[1] and match else "no"]
+            expected += [shape, want[1], "yes" if shape == want[1] and match else "no", place]
             if shape == want[1] and not match:
                 overlooked.append(i)
         count += match

@@ -139,6 +139,37 @@ def case_errors(model, ranks):
     return results
 
 
+PACKS = [  # per prompt: (temporal patches of its video, lengths of its completions); totals of every remainder mod 4
+    [(12, [5, 1, 9, 30])], [(13, [6, 1, 9, 30])], [(14, [7, 1, 9, 30])], [(15, [8, 1, 9, 30])], [(7, [3, 4]), (11, [1, 1])],
+    [(1, [1])], [(1, [2])], [(8, [2, 2, 3]), (1, [17, 6, 5]), (3, [1, 1, 1])]]
+
+
+def packed(model, pack, ranks=None):
+    """-> log-probs, entropies and the gradients that this rank has of a weighted sum of the log-probs."""
+    g, tokenizer = torch.Generator().manual_seed(3), vlm.build_tiny()[1]
+    prompts = [vlm.make_prompt(model, tokenizer, "How many" + " red" * i, torch.randn(t, 128, generator=g), (t, 2, 2), 0.5)
+               for i, (t, _) in enumerate(pack)]
+    completions = [[torch.randint(0, 500, (n,), generator=g) for n in lengths] for _, lengths in pack]
+    model.zero_grad()
+    logprobs, entropy = vlm.logprobs(model, prompts, completions, vlm.banned_ids(model, tokenizer), ranks=ranks)
+    (logprobs * torch.randn(logprobs.shape, generator=g)).sum().backward()
+    return logprobs.detach(), entropy, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                                        for n, p in model.model.language_model.named_parameters()}
+
+
+def case_stage2(model, ranks):
+    """Every pack with its sequence sharded; how many positions went through the first decoder layer here."""
+    results, seen = [], []
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    for pack in PACKS:
+        logprobs, entropy, gradients = packed(model, pack, ranks)
+        for x in gradients.values():
+            dist.all_reduce(x)
+        results.append((logprobs, entropy, gradients, seen.pop()))
+    hook.remove()
+    return results
+
+
 def case_ranks(model, ranks):
     """Who am I, and whom does my group reach."""
     reached = [None] * ranks.sp
@@ -156,8 +187,8 @@ def case_own_video(model, ranks):
 
 
 WORLDS = {  # name: (ranks, ranks of a machine, the sp that is asked for, cases)
-    "four": (4, 4, 0, [case_ranks, case_shapes, case_films, case_errors]),
-    "two": (2, 2, 2, [case_ranks, case_shapes, case_films, case_errors]),
+    "four": (4, 4, 0, [case_ranks, case_shapes, case_films, case_errors, case_stage2]),
+    "two": (2, 2, 2, [case_ranks, case_shapes, case_films, case_errors, case_stage2]),
     "two machines": (4, 2, 0, [case_ranks, case_own_video]),
     "sp off": (2, 2, 1, [case_ranks, case_own_video]),
     "three into two": (2, 2, 3, []),
@@ -559,6 +590,43 @@ def test_two_videos_of_equal_shape_never_share_an_entry(tower):
             fresh, _ = encode.encode(tower, opener(noise_patches(3, 4, 6, seed), 4, 6), ALONE)
             assert grid == (3, 4, 6) and torch.equal(vision, fresh)
     assert not torch.equal(tokens(0)[0], tokens(1)[0]) and len(cache.kept) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stage 2
+
+@pytest.mark.parametrize("world", ["two", "four"])
+def test_a_sharded_sequence_has_the_values_and_gradients_of_a_whole_one(brought, world):
+    """Properties 6 to 9 and 11: lengths of every remainder, shards of padding alone, two kv heads on four ranks."""
+    model, results, sp = tiny_model(), brought(world, "case_stage2"), WORLDS[world][0]
+    for i, pack in enumerate(PACKS):
+        right, entropy, gradients = packed(model, pack)
+        scale = sum(g.norm() ** 2 for g in gradients.values()) ** 0.5
+        for logprobs, h, summed, positions in (r[i] for r in results):
+            assert torch.allclose(logprobs, right, atol=1e-5, rtol=0) and torch.allclose(h, entropy, atol=1e-5, rtol=0)
+            for name, g in gradients.items():
+                assert (summed[name] - g).norm() <= 1e-4 * g.norm() + 1e-7 * scale, (pack, name)
+            whole = 65 + max(t for t, _ in pack) + max(sum(n - 1 for n in lengths) for _, lengths in pack)
+            assert positions <= whole / sp + 4, "each rank computes its share alone"
+
+
+def test_columns_of_all_ranks_are_the_sequence_once():
+    """Property 8: nothing dropped, nothing twice, a share of the prefix and a share of the completions to each."""
+    for sp in (1, 2, 4):
+        for prefix, own in ((4, 4), (8, 0), (16, 12)):
+            parts = [encode.columns(prefix, own, encode.Ranks(sp=sp, sp_rank=r)) for r in range(sp)]
+            assert sorted(torch.cat(parts).tolist()) == list(range(prefix + own))
+            assert {int((p < prefix).sum()) for p in parts} == {prefix // sp}
+
+
+@pytest.mark.parametrize("heads, kv, sp, fits", [(4, 2, 2, True), (4, 2, 4, True), (28, 4, 4, True), (16, 2, 8, True), (4, 2, 8, False),
+                                                 (28, 4, 8, False), (12, 2, 3, False), (12, 2, 12, True), (4, 2, 1, True)])
+def test_heads_that_cannot_be_shared_out_are_named(heads, kv, sp, fits):
+    """The design's rule: heads a multiple of sp, kv heads a multiple or a divisor of it; else a line, not a hang."""
+    if fits:
+        return encode.check_heads(heads, kv, encode.Ranks(sp=sp))
+    with pytest.raises(ValueError, match=f"sp = {sp}: {heads} attention heads and {kv} key-value heads.*sp can be 1"):
+        encode.check_heads(heads, kv, encode.Ranks(sp=sp))
 
 
 if __name__ == "__main__":

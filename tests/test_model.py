@@ -221,6 +221,17 @@ def test_two_groups_at_once_equal_one_at_a_time(tiny, prompts, banned):
     assert_same_gradients(grads, {n: g1[n] + g2[n] for n in g1}, language(model))
 
 
+def test_a_prompt_that_ends_with_its_long_video(tiny, stock, prompts, banned):
+    """Completions continue from the largest position on any axis: here the time axis, with no text in between."""
+    p, group = prompts[2], answers(banned, [4, 1, 3])
+    end = int((p.ids == tiny[0].config.video_token_id).nonzero()[-1]) + 1
+    p = vlm.Prompt(p.ids[:end], p.positions[:, :end], p.vision, p.grids)
+    assert p.positions[0].max() > p.positions[1:].max()
+    got, _ = vlm.logprobs(tiny[0], [p], [group], banned)
+    for row, c in zip(got, group):
+        assert torch.allclose(row[:len(c)], separate(stock, p, c, banned)[0], atol=1e-5, rtol=0)
+
+
 def test_changing_one_completion_leaves_the_others_unchanged(tiny, prompts, banned):
     """Property 27. Same length: bit for bit. Another length, another shape of the sequence: rounding."""
     model = tiny[0]

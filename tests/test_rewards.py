@@ -26,6 +26,8 @@ from rewards import VERIFIERS, Reward, extract_answer, fold, score, well_formed
     ("<think>t</think><answer>7</answer><answer>8", None),
     ("<think>t</think><answer><answer>7</answer></answer>", None),             # one in the other
     ("<think>t</think><answer>7<answer>8</answer>", None),
+    ("<think>t</think><answer>7</answer></answer>", None),
+    ("<think>t</think></answer><answer>7</answer>", None),
     ("<think><answer>7</answer></think>", None),                               # in thought alone
     ("<think>I think <answer>7</answer>", None),                               # in a thought that never ends
     ("<think><answer>7</answer></think><answer>8</answer>", "8"),

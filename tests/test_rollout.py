@@ -15,6 +15,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -293,6 +294,23 @@ def test_one_token_says_nothing_about_the_next(tiny, prompts, monkeypatch):
         assert statistic < bound
 
 
+@pytest.mark.parametrize("number, chosen", [(0.0, 20), (0.5, 30), (1 - 2 ** -53, 30)])
+def test_the_outermost_random_numbers_choose_no_impossible_token(tiny, prompts, monkeypatch, number, chosen):
+    """0 is not the first token of the vocabulary, if that one cannot be, and the largest number below 1 is not the last.
+    A number on the border of two tokens (0.5) is the second's."""
+    model, tokenizer = tiny
+
+    def two(model, hidden, banned):
+        logp = torch.full((len(hidden), len(banned)), -torch.inf)
+        logp[:, [20, 30]] = -torch.tensor(2.0).log()
+        return logp
+
+    monkeypatch.setattr(vlm, "token_distribution", two)
+    monkeypatch.setattr(rollout, "stream", lambda *key: SimpleNamespace(random=lambda n: np.full(n, number)))
+    [[x]] = rollout.sample(model, tokenizer, prompts[:1], keys(1, 1), 3, 0)
+    assert x.tokens[:3].tolist() == [chosen] * 3
+
+
 def test_stream_is_a_function_of_its_whole_key():
     """The same in any process (the values are written down here), and another for each part of the key."""
     assert rollout.stream("id", 3, 0).random(2).tolist() == [0.1636301419138354, 0.5236305351326633]
@@ -461,8 +479,9 @@ def test_the_answer_budget_is_given_once(tiny, prompts, monkeypatch):
     (["so", "</", "think", ">", "red", "<|im_end|>"], 9, 2),                   # the last token it may answer
     (["<|im_end|>"], 1, 0), (["so", "</", "think", ">", "<|im_end|>"], 4, 1)])
 def test_an_end_within_the_budget_is_not_cut_short(tiny, prompts, monkeypatch, said, think, answer):
-    """... nor forced; the end token is the last of the tokens, sampled, and no part of the text."""
-    [x] = play(monkeypatch, tiny, prompts, [said], think, answer)
+    """... nor forced, while others of its batch go on; the end token is the last one, sampled, and no part of the text."""
+    x, other = play(monkeypatch, tiny, prompts, [said, WORDS], think, answer)
+    assert len(other.tokens) > len(x.tokens)
     assert x.tokens.tolist() == ids_of(tiny[1], said) and bool(x.sampled.all())
     assert not x.forced and not x.truncated and x.text == "".join(said[:-1])
 
@@ -595,7 +614,7 @@ def test_a_failing_command_says_why_in_one_line(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("wrong, named", [
-    ({"model": "{tmp}/nope"}, "nope"), ({"model": "{tmp}"}, "no config.json"), ({"video": "{tmp}/nope.mp4"}, "nope.mp4"),
+    ({"model": "{tmp}/nope"}, "nope is no checkpoint"), ({"model": "{tmp}"}, "no config.json"), ({"video": "{tmp}/nope.mp4"}, "nope.mp4"),
     ({"video": "{tmp}"}, "{tmp}"), ({"video": "toy:x"}, "toy:x"), ({"question": "", "video": "{tmp}/a.mp4"}, "--question"),
     ({"frames": "0"}, "frames"), ({"think_budget": "-1"}, "think_budget"), ({"model": "{short}"}, "do not fit")],
     ids=["no model", "a folder that is no model", "no video", "an empty folder for a video", "a toy without a seed",
