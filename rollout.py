@@ -82,16 +82,18 @@ def stream(*key):
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=False, watch=None):
+def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=False, watch=None, banned=None, forced=FORCED):
     """Completions of N prompts. keys: N lists of G keys for `stream`, one a completion. -> N lists of G `Completion`s
 
     Thinking ends by itself with </think>, or after think_budget tokens, when </think><answer> is written for the model;
     from there it may sample answer_budget tokens. The forced text is tokenized by itself and marked as not sampled.
-    watch(text), if given, is called with each new piece of the first completion.
+    watch(text), if given, is called with each new piece of the first completion; banned: bool [vocabulary], None for
+    `model.banned_ids`; forced: what is written when time is up.
     """
     N, G, device = len(prompts), len(keys[0]), prompts[0].ids.device
-    banned, stops = vlm.banned_ids(model, tokenizer), set(vlm.stop_ids(model, tokenizer))
-    forced_ids = tokenizer(FORCED, add_special_tokens=False).input_ids
+    banned = vlm.banned_ids(model, tokenizer) if banned is None else banned
+    stops = set(vlm.stop_ids(model, tokenizer))
+    forced_ids = tokenizer(forced, add_special_tokens=False).input_ids
     room = think_budget + len(forced_ids) + answer_budget
 
     @lru_cache(maxsize=None)

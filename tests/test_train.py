@@ -506,7 +506,7 @@ def test_metrics_stay_json_where_a_gradient_is_not_finite(files, tmp_path):
     """NaN, as Python spells it, is no JSON: jq, pandas and a browser refuse the whole file."""
     out = str(tmp_path / "out")
     with pytest.raises(ValueError, match="ten steps"):
-        alone(data=files.data, out_dir=out, eval_data=files.eval_data, align_steps=0, sft_lr=1e30, sft_steps=14, save_every=50)
+        alone(data=files.data, out_dir=out, eval_data=files.eval_data, align_steps=0, sft_lr=1e30, sft_steps=14, save_every=4)
     assert metrics(out)
 
 
