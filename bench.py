@@ -1,0 +1,285 @@
+"""
+What each idea buys, measured: whole GRPO steps on one long video, from its pixels to the optimizer's update.
+
+  naive       per completion: encode the video, prefill, decode (all in one batch), encode again, one full pass
+  reuse       the video is encoded once and kept; prefill and full pass still per completion
+  shared      encode once, prefill once, one packed forward and backward over [prefix | completion 1 | ... | completion G]
+  shared+sp   the same over --sp ranks: each encodes its frames, samples its completions, holds its part of the sequence
+
+    python bench.py                                                        the tiny model, about two minutes
+    python bench.py --model=DIR --frames=64,128,256 --size=168 --plot=bench.png
+
+Cold: the video is encoded inside every timed step; warm: its vision tokens are there already. naive and reuse run at the
+smallest --sp, each rank with its part of the completions; shared at every --sp (above 1: stage 1 alone), shared+sp above 1.
+All use the same attention, head and random numbers, and end with the same gradient: they differ in what they compute twice.
+Every row has processes of its own, so that its peak memory is its own. One JSON line a row, then a table.
+"""
+import json
+import os
+import resource
+import socket
+import statistics
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from itertools import product
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import data
+import encode
+import model as vlm
+import rollout
+import train
+
+VARIANTS = ("naive", "reuse", "shared", "shared+sp")
+KEYS = ("variant", "cache", "frames", "size", "group", "completion", "sp", "rollout", "prompt_tokens", "lm_tokens", "encodes",
+        "seconds", "encode_s", "rollout_s", "train_s", "saved_mb", "peak_mb", "device")
+SETTINGS = {                         # a list takes several, with commas between
+    "model": "tiny",                 # a checkpoint directory, or a hub name
+    "frames": [32, 64],              # of the video
+    "size": 112,                     # pixels, both sides of a frame
+    "group": 8, "completion": 32,    # G completions of exactly L tokens
+    "sp": [1, 2],                    # ranks that share the video, started from here
+    "variant": list(VARIANTS),
+    "cache": ["cold", "warm"],
+    "rollout": "torch", "threads": 1,        # the engine; threads of each rank
+    "steps": 3, "warmup": 1,         # timed (seconds are their median), and before; none of these warms the cache
+    "seed": 0, "plot": "",           # plot: a file, seconds a step against frames
+}
+
+
+def noise_video(frames, size, seed=0):
+    """A video whose frames are made when they are read, each from its own number: an hour of it costs no memory."""
+    def read(lo, hi):
+        return np.stack([np.random.default_rng((seed, t)).integers(0, 256, (size, size, 3), np.uint8) for t in range(lo, hi)])
+    return data.Video("noise", frames, size, size, 1.0, read)
+
+
+@contextmanager
+def exact_length(model, tokenizer):
+    """Within, a completion has exactly answer_budget tokens: none may end the turn, none is for thinking, none is forced."""
+    banned = vlm.banned_ids(model, tokenizer)
+    banned[vlm.stop_ids(model, tokenizer)] = True
+    with mock.patch.object(vlm, "banned_ids", lambda *_: banned), mock.patch.object(rollout, "FORCED", ""):
+        yield
+
+
+class Work:
+    """A model, a video, and one GRPO step on it by the variant of a, the settings of a row."""
+
+    def __init__(self, a, ranks):
+        self.a, self.ranks, self.alone = a, ranks, encode.Ranks(device=ranks.device)
+        dtype = torch.float32 if ranks.device == "cpu" else torch.bfloat16
+        self.model, self.tokenizer = vlm.load(a.model, ranks.device, dtype, seed=a.seed)
+        px, inner, text = self.model.pixels, self.model.model, self.model.config.text_config
+        if a.size % (px.patch * px.merge):
+            raise ValueError(f"--size={a.size}: a side must be a multiple of {px.patch * px.merge} pixels, one vision token")
+        px.min_pixels = px.max_pixels = a.size ** 2        # frames stay as they are
+        if a.variant == "shared+sp":
+            encode.check_heads(text.num_attention_heads, text.num_key_value_heads, ranks)
+        inner.visual.requires_grad_(False)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], 1e-6, (0.9, 0.95))
+        self.cache, self.count = encode.Cache(), Counter()
+        count = self.count.update                          # adds
+        for module, hook in ((inner.language_model, lambda m, a, x: count(lm=x["inputs_embeds"].shape[:2].numel())),
+                             (inner.visual, lambda m, a, x: count(temporal=int(x["grid_thw"][:, 0].sum())))):
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def see(self):
+        """The prompt: from the video anew (naive), or from what is kept."""
+        look = lambda ranks: vlm.encode_video(self.model, lambda: noise_video(self.a.frames, self.a.size, self.a.seed), ranks)
+        seen = look(self.alone) if self.a.variant == "naive" else self.cache.get("noise", lambda: look(self.ranks))
+        prompt = vlm.make_prompt(self.model, self.tokenizer, "What is seen, and when?", *seen)
+        vlm.check_length(self.model, prompt, self.a.completion)
+        return prompt
+
+    def step(self, number, clock, watched=lambda work: work()):
+        """One GRPO step. watched(work) is called to do each forward and backward. -> {prompt_tokens, norm, gap}"""
+        a, G, banned, gap = self.a, self.a.group, vlm.banned_ids(self.model, self.tokenizer), 0.0
+        keys = [(a.seed, "bench", number, n) for n in range(G)]
+        advantages = 1.0 - 2.0 * (torch.arange(G) % 2)                         # fixed, so that G = 1 runs too
+        if a.cache == "cold":
+            self.cache = encode.Cache()
+        parts, ranks = [list(range(G))], self.ranks                            # of the group: all of it at once, or ...
+        if a.variant in ("naive", "reuse"):                                    # ... each completion for itself
+            parts, ranks = [[n] for n in range(*encode.shard(G, self.ranks.sp_rank, self.ranks.sp))], self.alone
+        with clock("encode"):
+            prompts = [self.see() for _ in parts]
+        with clock("rollout"):                                                 # each prompt with keys and values of its own
+            answers = rollout.rollout(self.model, self.tokenizer, prompts, [[keys[n] for n in part] for part in parts], ranks,
+                                      max_tokens=sum(len(p.ids) for p in prompts), think_budget=0, answer_budget=a.completion)
+        for part, prompt, completions in zip(parts, prompts, answers):
+            with clock("encode"):
+                prompt = self.see() if a.variant == "naive" else prompt
+            with clock("train"):
+                c = train.Config(group_size=len(part), stage2=a.variant == "shared+sp")
+                group = train.Group(0, None, prompt, completions, None, advantages[part])
+                gap = max(gap, watched(lambda: train.grpo_step(self.model, [group], c, ranks, banned, G))["gap_max"])
+        with clock("train"):
+            norm = train.update(self.model, self.optimizer, 1e-6, self.ranks)
+        return {"prompt_tokens": len(prompts[0].ids), "norm": norm, "gap": gap}
+
+    def saved_bytes(self):
+        """What a forward keeps for its backward, each storage once, parameters excluded; the most of a step's forwards."""
+        own, passes = {p.untyped_storage().data_ptr() for p in self.model.parameters()}, []
+
+        def watched(work):
+            kept = {}
+
+            def pack(x):
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                return x.detach()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                result = work()
+            passes.append(sum(n for at, n in kept.items() if at not in own))
+            return result
+
+        self.step(-1, train.Clock(), watched)
+        return max(passes)
+
+
+def measure(a):
+    """One row, in this process and the other ranks of its own. -> the row, and what the table says beside it"""
+    torch.set_num_threads(a.threads)
+    ranks = encode.start(a.sp)
+    work, steps, cuda = Work(a, ranks), [], ranks.device != "cpu"
+    with exact_length(work.model, work.tokenizer):
+        if a.cache == "warm":
+            work.see()
+        for number in range(a.warmup + a.steps):
+            work.count.clear()
+            if ranks.world > 1:
+                dist.barrier()
+            clock, whole = train.Clock(), train.Clock()
+            with whole("seconds"):
+                result = work.step(number, clock)
+            steps.append(Counter(result | work.count | whole.seconds | {k + "_s": v for k, v in clock.seconds.items()}))
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        steps[-1].update(gap_max=max(s["gap"] for s in steps), peak=peak / 2 ** 20, saved=work.saved_bytes() / 2 ** 20)
+    every = train.gather(steps[-1], ranks)
+    of = lambda key: [r[key] for r in every]
+    return {**{k: getattr(a, k) for k in KEYS[:8]}, "prompt_tokens": result["prompt_tokens"], "lm_tokens": sum(of("lm")),
+            "encodes": round(sum(of("temporal")) / -(-a.frames // work.model.pixels.temporal), 3),
+            **{k: round(statistics.median(s[k] for s in steps[a.warmup:]), 4) for k in KEYS[11:15]},
+            "saved_mb": round(max(of("saved")), 1), "peak_mb": round(max(of("peak")), 1),
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "norm": steps[0]["norm"], "gap": max(of("gap_max")), "lm_by_rank": of("lm"), "peak_by_rank": of("peak")}
+
+
+def one_rank(rank, a, port, results):
+    """A process of one row."""
+    if a.sp > 1:                                           # what torchrun would say
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(a.sp), LOCAL_WORLD_SIZE=str(a.sp),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        row = measure(a)
+        if rank == 0:
+            results.put(row)
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+        results.put(str(e))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run_row(a):
+    """Start one row's ranks and wait. -> what `measure` returned; raises ValueError with what stopped it"""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    results = mp.get_context("spawn").SimpleQueue()
+    try:
+        mp.spawn(one_rank, (a, port, results), nprocs=a.sp)
+    except mp.ProcessExitedException as e:                 # killed: memory, most likely
+        raise ValueError(f"{a.variant} on {a.frames} frames, sp = {a.sp}: {e}") from e
+    if isinstance(row := results.get(), str):
+        raise ValueError(row)
+    return row
+
+
+def table(rows):
+    """Text, one line a row, with ratios to the first row of the same frames."""
+    line = "{:>6}  {:9}  {:5} {:>2} {:>7} {:>8} {:>6} {:>7} {:>7} {:>7} {:>15} {:>5} {:>7} {:>9} {:>5} {:>11} {:>6}  {}".format
+    head = "frames variant cache sp P s/step faster encode rollout train LM_tokens fewer encodes saved_MB less peak_MB gap norm"
+    lines, base = [line(*head.split())], {}
+    for r in rows:
+        b = base.setdefault(r["frames"], r)
+        faster, fewer, less = (f"{b[k] / r[k]:.1f}x" for k in ("seconds", "lm_tokens", "saved_mb"))
+        lines.append(line(r["frames"], r["variant"], r["cache"], r["sp"], r["prompt_tokens"], f"{r['seconds']:.3f}", faster,
+                          *(f"{r[k]:.3f}" for k in ("encode_s", "rollout_s", "train_s")), "+".join(map(str, r["lm_by_rank"])),
+                          fewer, f"{r['encodes']:g}", f"{r['saved_mb']:.1f}", less,
+                          " ".join(f"{x:.0f}" for x in r["peak_by_rank"]), f"{r['gap']:.0e}", f"{r['norm']:.6g}"))
+    return "\n".join(lines) + """
+faster, fewer, less: than the first row of these frames. saved_MB: for the backward. gap: the largest between sampler and
+trainer, in log-prob. norm: of the gradient in the first step, from the same weights: the same work gives the same."""
+
+
+def plot(rows, path):
+    """Seconds a step against frames, a line a variant."""
+    from matplotlib.figure import Figure
+    lines, r, axis = {}, rows[0], Figure(figsize=(7, 4.5), layout="constrained").subplots()
+    for row in sorted(rows, key=lambda row: row["frames"]):
+        label = f"{row['variant']}, {row['cache']}" + (f", {row['sp']} ranks" if row["sp"] > 1 else "")
+        lines.setdefault(label, []).append(row)
+    for label, points in lines.items():
+        x, y, p = [p["frames"] for p in points], [p["seconds"] for p in points], points[0]
+        axis.plot(x, y, "--" if p["cache"] == "warm" else "-", marker="os^v"[min(p["sp"], 4) - 1],
+                  color=f"C{VARIANTS.index(p['variant'])}", label=label)
+    axis.set(title=f"one GRPO step, {r['size']} x {r['size']} pixels, {r['group']} completions of {r['completion']} tokens",
+             xlabel="frames", ylabel="seconds a step", xticks=x, ylim=(0, None))
+    axis.legend(frameon=False, fontsize=8)
+    axis.figure.savefig(path, dpi=120)
+
+
+def parse(arguments):
+    """--key=value arguments over SETTINGS. Raises ValueError, in one sentence, for what cannot be run."""
+    a = SimpleNamespace(**SETTINGS)
+    for argument in arguments:
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals or key not in SETTINGS:
+            raise ValueError(f"unknown argument {argument!r}; there are " + ", ".join(f"--{k}=" for k in SETTINGS))
+        old = SETTINGS[key]
+        try:
+            setattr(a, key, [type(old[0])(x) for x in text.split(",")] if isinstance(old, list) else type(old)(text))
+        except ValueError:
+            raise ValueError(f"--{key}={text}: whole numbers are expected") from None
+    for key, known in {"variant": VARIANTS, "cache": ("cold", "warm"), "rollout": ("torch",)}.items():
+        for wrong in set(np.atleast_1d(getattr(a, key)).tolist()) - set(known):
+            raise ValueError(f"--{key}={wrong}: it is {' or '.join(known)}")
+    for key in ("frames", "size", "group", "completion", "sp", "threads", "steps", "warmup"):
+        if np.min(getattr(a, key)) < (key != "warmup"):
+            raise ValueError(f"--{key} must be at least {int(key != 'warmup')}")
+    if any(a.group % sp for sp in a.sp):
+        raise ValueError(f"--group={a.group} is not divisible by every --sp: each rank samples its share")
+    if 0 < torch.cuda.device_count() < max(a.sp):
+        raise ValueError(f"--sp={max(a.sp)} needs as many GPUs, and there are {torch.cuda.device_count()}")
+    return a
+
+
+def main(a):
+    rows = []
+    try:
+        for frames, variant, sp, cache in product(a.frames, a.variant, a.sp, a.cache):
+            senseless = sp == 1 if variant == "shared+sp" else sp > min(a.sp) and variant != "shared"
+            if senseless or (variant, cache) == ("naive", "warm"):
+                continue
+            rows.append(run_row(SimpleNamespace(**vars(a) | dict(frames=frames, variant=variant, sp=sp, cache=cache))))
+            print(json.dumps({k: rows[-1][k] for k in KEYS}), flush=True)
+    finally:                                               # what was measured is shown, whatever came after it
+        if rows:
+            print("\n" + table(rows), flush=True)
+    if not rows:
+        raise ValueError("nothing to run: naive has no warm cache, and shared+sp needs --sp above 1")
+    if a.plot:
+        plot(rows, a.plot)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(sys.argv[1:]))
+    except (ValueError, OSError) as e:
+        sys.exit(f"bench.py: {e}")
