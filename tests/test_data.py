@@ -374,7 +374,7 @@ def test_the_right_thought_derives_the_right_answer(stories):
 
 
 def test_the_teacher_errs_only_by_overlooking_wanted_triangles(stories):
-    """Six in ten of them; and its answer is what its own thought comes to, so that it teaches to think, not to guess.
+    """Three in four of them; and its answer is what its own thought comes to, so that it teaches to think, not to guess.
 
     Counted where every event is judged (a goal ends the thought early), 4 standard deviations of a binomial allowed.
     """
