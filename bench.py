@@ -21,10 +21,8 @@ import socket
 import statistics
 import sys
 from collections import Counter
-from contextlib import contextmanager
 from itertools import product
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import torch
@@ -61,15 +59,6 @@ def noise_video(frames, size, seed=0):
     return data.Video("noise", frames, size, size, 1.0, read)
 
 
-@contextmanager
-def exact_length(model, tokenizer):
-    """Within, a completion has exactly answer_budget tokens: none may end the turn, none is for thinking, none is forced."""
-    banned = vlm.banned_ids(model, tokenizer)
-    banned[vlm.stop_ids(model, tokenizer)] = True
-    with mock.patch.object(vlm, "banned_ids", lambda *_: banned), mock.patch.object(rollout, "FORCED", ""):
-        yield
-
-
 class Work:
     """A model, a video, and one GRPO step on it by the variant of a, the settings of a row."""
 
@@ -85,6 +74,8 @@ class Work:
             encode.check_heads(text.num_attention_heads, text.num_key_value_heads, ranks)
         inner.visual.requires_grad_(False)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], 1e-6, (0.9, 0.95))
+        self.banned = vlm.banned_ids(self.model, self.tokenizer)
+        self.banned[vlm.stop_ids(self.model, self.tokenizer)] = True           # so that a completion has exactly L tokens
         self.cache, self.count = encode.Cache(), Counter()
         count = self.count.update                          # adds
         for module, hook in ((inner.language_model, lambda m, a, x: count(lm=x["inputs_embeds"].shape[:2].numel())),
@@ -101,7 +92,7 @@ class Work:
 
     def step(self, number, clock, watched=lambda work: work()):
         """One GRPO step. watched(work) is called to do each forward and backward. -> {prompt_tokens, norm, gap}"""
-        a, G, banned, gap = self.a, self.a.group, vlm.banned_ids(self.model, self.tokenizer), 0.0
+        a, G, banned, gap = self.a, self.a.group, self.banned, 0.0
         keys = [(a.seed, "bench", number, n) for n in range(G)]
         advantages = 1.0 - 2.0 * (torch.arange(G) % 2)                         # fixed, so that G = 1 runs too
         if a.cache == "cold":
@@ -113,7 +104,7 @@ class Work:
             prompts = [self.see() for _ in parts]
         with clock("rollout"):                                                 # each prompt with keys and values of its own
             answers = rollout.rollout(self.model, self.tokenizer, prompts, [[keys[n] for n in part] for part in parts], ranks,
-                                      max_tokens=sum(len(p.ids) for p in prompts), think_budget=0, answer_budget=a.completion)
+                                      max_tokens=sum(len(p.ids) for p in prompts), think_budget=0, answer_budget=a.completion, banned=banned, forced="")
         for part, prompt, completions in zip(parts, prompts, answers):
             with clock("encode"):
                 prompt = self.see() if a.variant == "naive" else prompt
@@ -149,19 +140,18 @@ def measure(a):
     torch.set_num_threads(a.threads)
     ranks = encode.start(a.sp)
     work, steps, cuda = Work(a, ranks), [], ranks.device != "cpu"
-    with exact_length(work.model, work.tokenizer):
-        if a.cache == "warm":
-            work.see()
-        for number in range(a.warmup + a.steps):
-            work.count.clear()
-            if ranks.world > 1:
-                dist.barrier()
-            clock, whole = train.Clock(), train.Clock()
-            with whole("seconds"):
-                result = work.step(number, clock)
-            steps.append(Counter(result | work.count | whole.seconds | {k + "_s": v for k, v in clock.seconds.items()}))
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        steps[-1].update(gap_max=max(s["gap"] for s in steps), peak=peak / 2 ** 20, saved=work.saved_bytes() / 2 ** 20)
+    if a.cache == "warm":
+        work.see()
+    for number in range(a.warmup + a.steps):
+        work.count.clear()
+        if ranks.world > 1:
+            dist.barrier()
+        clock, whole = train.Clock(), train.Clock()
+        with whole("seconds"):
+            result = work.step(number, clock)
+        steps.append(Counter(result | work.count | whole.seconds | {k + "_s": v for k, v in clock.seconds.items()}))
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    steps[-1].update(gap_max=max(s["gap"] for s in steps), peak=peak / 2 ** 20, saved=work.saved_bytes() / 2 ** 20)
     every = train.gather(steps[-1], ranks)
     of = lambda key: [r[key] for r in every]
     return {**{k: getattr(a, k) for k in KEYS[:8]}, "prompt_tokens": result["prompt_tokens"], "lm_tokens": sum(of("lm")),
