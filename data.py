@@ -17,9 +17,9 @@ import os
 import random
 import re
 import threading
-from collections import deque
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Callable
 
@@ -489,111 +489,56 @@ def hash_files(stamps, named, folder):
     return whole.hexdigest()
 
 
-@dataclass(eq=False)
-class Job:
-    """A video that Ahead reads."""
-    path: str
-    ready: bool = False        # what follows is known
-    name: str = ""             # of the content; empty: nobody will ask
-    video: Video = None        # None: it did not open, `read` holds the error
-    pieces: list = ()          # (lo, hi) not yet handed over
-    read: deque = field(default_factory=deque)             # the frames of the first of them; last perhaps an error
-    opened: bool = False       # its turn has come
-
-
 class Ahead:
     """Videos read in one background thread before their turn, with the values and the errors of `open_video`.
 
-    At most `most` bytes of frames wait, beside the piece that is being read. Of a long video the thread reads the
-    beginning and goes on as pieces are taken, so that reading and encoding overlap. A rank has its own; nothing in it
-    needs the other ranks.
+    At most `most` bytes of frames wait; what does not fit is read when its turn comes. A rank has its own.
     """
 
     def __init__(self, frames, most=512 << 20):
         """frames: as for `open_video`. No thread runs before `start`."""
-        self.frames, self.most, self.thread = frames, most, None
-        self.jobs, self.changed = [], threading.Condition()                    # jobs in the order of their turns
+        self.frames, self.most, self.jobs, self.thread, self.ended = frames, most, {}, None, False
 
     def start(self, paths, name, pieces):
-        """Forget all that waits and begin to read these, in the order of their turns.
-
-        name(path) -> a name of the content, None where it need not be read; pieces(video) -> [(lo, hi)], what its read
-        will be asked for, in order. Both are called in the thread.
+        """Forget what waits and begin to read these, in order. Both functions are called in the thread:
+        name(path) -> a name of the content, None where it need not be read; pieces(video) -> [(lo, hi)] that will be read.
         """
         self.stop()
-        self.jobs = [Job(path) for path in dict.fromkeys(paths)]
-        self.thread = threading.Thread(target=self.work, args=(list(self.jobs), name, pieces), daemon=True)
+        self.jobs, self.ended = {path: Future() for path in paths}, False
+        self.thread = threading.Thread(target=self.work, args=(dict(self.jobs), name, pieces), daemon=True)
         self.thread.start()
         atexit.register(self.stop)                         # or the interpreter would go down around a thread inside FFmpeg
 
     def stop(self):
-        """Forget all that waits. The thread ends; this takes as long as the piece that it is reading."""
-        self.forget(len(self.jobs))
+        """Forget what waits. The thread ends; this takes as long as the piece that it is reading."""
+        self.ended, self.jobs = True, {}
         if self.thread:
             self.thread.join()
             self.thread = None
             atexit.unregister(self.stop)
 
-    def forget(self, n):
-        with self.changed:
-            del self.jobs[:n]
-            self.changed.notify_all()
-
     def work(self, jobs, name, pieces):
-        for job in jobs:
+        room = self.most
+        for path, job in jobs.items():
             try:
-                if job in self.jobs:
-                    job.name = name(job.path)
-                if job.name:
-                    video = open_video(job.path, self.frames)
-                    job.pieces, job.video = pieces(video), video
-                self.hand(job)
-                for lo, hi in list(job.pieces):
-                    if job in self.jobs:
-                        self.hand(job, job.video.read(lo, hi))
+                known, kept = None if self.ended else name(path), {}
+                video = open_video(path, self.frames) if known else None
+                for lo, hi in pieces(video) if known else ():
+                    size = (hi - lo) * video.height * video.width * 3
+                    if self.ended or size > room:
+                        break
+                    room, kept[lo, hi] = room - size, video.read(lo, hi)
+                job.set_result((known, video, kept))
             except Exception as e:                         # whatever it is: the rank raises it, when the video's turn comes
-                self.hand(job, e)
-
-    def hand(self, job, *what):
-        size = lambda things: sum(getattr(x, "nbytes", 0) for x in things)
-        with self.changed:
-            waiting = lambda: sum(size(j.read) for j in self.jobs)
-            self.changed.wait_for(lambda: job not in self.jobs or not waiting() or waiting() + size(what) <= self.most)
-            job.read.extend(what)
-            job.ready = True
-            self.changed.notify_all()
+                job.set_exception(e)
 
     def open(self, path, name):
-        """`open_video(path, frames)`, for whom the thread may have begun. It is only used where the content was that of
-        `name` when the thread began. Videos whose turn came before are forgotten."""
-        at = next((i for i, job in enumerate(self.jobs) if job.path == path and not job.opened), None)
-        if at is None:
+        """`open_video(path, frames)`, for whom the thread may have read. What it read is used only if its content was that
+        of `name`."""
+        known, video, kept = self.jobs.pop(path).result() if path in self.jobs else (None, None, {})
+        if known is None or known != name:
             return open_video(path, self.frames)
-        self.forget(at)
-        job = self.jobs[0]
-        job.opened = True
-        with self.changed:
-            self.changed.wait_for(lambda: job.ready)
-        if job.name != name:
-            self.forget(1)
-            return open_video(path, self.frames)
-        if job.video is None:
-            raise job.read[0]
-
-        def read(lo, hi):
-            if job.pieces[:1] != [(lo, hi)]:               # not as foreseen
-                return job.video.read(lo, hi)
-            with self.changed:
-                self.changed.wait_for(lambda: job.read or job not in self.jobs)
-                if not job.read:                           # forgotten before it was read
-                    return job.video.read(lo, hi)
-                if isinstance(job.read[0], Exception):     # it stays: whoever asks again hears it again
-                    raise job.read[0]
-                self.changed.notify_all()
-                job.pieces.pop(0)
-                return job.read.popleft()
-
-        return replace(job.video, read=read)
+        return replace(video, read=lambda lo, hi: kept.pop((lo, hi)) if (lo, hi) in kept else video.read(lo, hi))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
