@@ -549,7 +549,7 @@ SHAPES = ["circle", "square", "triangle"]
 PLACES = {"left": (8, 16), "right": (20, 16), "top": (14, 11), "bottom": (14, 21)}       # x, y of the centre
 CATEGORIES = ["temporal", "goal", "spatial", "plot"]                                     # LongVideo-Reason's four
 TOYS = 20000                   # how many samples "toy" has
-TRIANGLES, SLIP = 0.6, 0.75    # questions that ask for triangles; of these triangles, how many the teacher overlooks
+TRIANGLES, SLIP = 0.6, 2 / 3   # questions that ask for triangles; of these triangles, how many the teacher overlooks
 
 
 @dataclass
@@ -561,7 +561,7 @@ class Story:
     answer: str
     domain: str
     thought: str       # the right reasoning
-    taught: tuple      # (thought, answer) of the teacher, who overlooks 3 in 4 of the triangles asked for
+    taught: tuple      # (thought, answer) of the teacher, who overlooks 2 in 3 of the triangles asked for
     difficulty: int    # how many events must be judged right for the answer to be right
 
 

@@ -66,8 +66,8 @@ class Config:
     sft_batch: int = 32            # samples a step over all ranks, here and in align
     sft_lr: float = 1.5e-3         # for a pretrained model 1e-5
     # RL
-    rl_steps: int = 80
-    prompts_per_step: int = 16     # groups a step over all ranks
+    rl_steps: int = 60
+    prompts_per_step: int = 24     # groups a step over all ranks
     group_size: int = 8            # G, completions a group
     updates_per_rollout: int = 2   # optimizer steps over disjoint groups of one rollout; with 1 the clip never acts
     think_budget: int = 96         # tokens; then </think><answer> is written for the model

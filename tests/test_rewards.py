@@ -73,6 +73,8 @@ CASES = {
         ("B or C", "B", 0), ("B, C", "B", 0), ("BC", "B", 0), ("B/C", "B", 0), ("B and C", "C", 0), ("B\nC", "B", 0),
         ("B. C", "B", 0), ("B) C)", "B", 0), ("(B) (C)", "B", 0), ("(B)(C)", "B", 0),
         ("A. left B. right", "A", 0), ("A. left B. right C. top", "B", 0), ("A. left\nB. right", "A", 0),  # the list copied
+        ("(A)(B)(C)(D)", "A", 0), ("A.B.C.D", "A", 0), ("A:B:C", "A", 0), ("A.left B.right", "A", 0), ("A. left;B. right", "A", 0),
+        ("B. the U.S. flag", "B", 1), ("B. at 10 a.m. sharp", "B", 1), ("B.left", "B", 1),
         ("(A) left (B) right", "A", 0), ("A) left B) right", "A", 0), ("A: left B: right", "A", 0),
         ("one of A, B, C or D", "A", 0), ("a letter between A and D", "A", 0), ("all of the above", "A", 0)],
     "count": [
