@@ -40,7 +40,7 @@ KEYS = ("variant", "cache", "frames", "size", "group", "completion", "sp", "roll
         "seconds", "encode_s", "rollout_s", "train_s", "saved_mb", "peak_mb", "device")
 SETTINGS = {                         # a list takes several, with commas between
     "model": "tiny",                 # a checkpoint directory, or a hub name
-    "frames": [32, 64],              # of the video
+    "frames": [64],                  # of the video; several, with commas, for --plot
     "size": 112,                     # pixels, both sides of a frame
     "group": 8, "completion": 32,    # G completions of exactly L tokens
     "sp": [1, 2],                    # ranks that share the video, started from here
