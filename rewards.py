@@ -48,7 +48,7 @@ def fold(text):
 
 
 CHOICE = re.compile(r"\(?([A-Za-z])(?:[).:]+(.*))?", re.DOTALL)            # a letter, perhaps its option's text
-ANOTHER = re.compile(r"\s*\(?[A-Za-z]\W*\Z|.*(?:\A|\s)\(?[A-Za-z][).:]\s", re.DOTALL)         # a second letter after it
+ANOTHER = re.compile(r"\W*[A-Za-z]\W*\Z|\(?[A-Za-z][).:]|.*(?:\A|[\s;,(])\(?[A-Za-z][).:]+(?:\s|\w\w)", re.DOTALL)   # a second one
 
 
 def choice(predicted, answer):

@@ -155,7 +155,7 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
         chosen.append(logp.gather(1, token[:, None])[:, 0])
         if watch and rows[0].length == step + 1:
             text = tokenizer.decode([row[0] for row in tokens if row[0] not in stops])
-            if len(text) > shown and text[-1] != "\ufffd":  # a letter of several tokens is shown when it is whole
+            if len(text) > shown and (text[-1] != "\ufffd" or rows[0].done):  # a letter of several tokens: when it is whole
                 watch(text[shown:])
                 shown = len(text)
         if all(row.done for row in rows):
