@@ -6,7 +6,7 @@ What each idea buys, measured: whole GRPO steps on one long video, from its pixe
   shared      encode once, prefill once, one packed forward and backward over [prefix | completion 1 | ... | completion G]
   shared+sp   the same over --sp ranks: each encodes its frames, samples its completions, holds its part of the sequence
 
-    python bench.py                                                        the tiny model, about two minutes
+    python bench.py                                                        the tiny model, 64 frames
     python bench.py --model=DIR --frames=64,128,256 --size=168 --plot=bench.png
 
 Cold: the video is encoded inside every timed step; warm: its vision tokens are there already. naive and reuse run at the
