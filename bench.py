@@ -46,6 +46,7 @@ SETTINGS = {                         # a list takes several, with commas between
     "sp": [1, 2],                    # ranks that share the video, started from here
     "variant": list(VARIANTS),
     "cache": ["cold", "warm"],
+    "checkpointing": 0,              # 1: decoder layers are computed again in the backward
     "rollout": "torch", "threads": 1,        # the engine; threads of each rank
     "steps": 3, "warmup": 1,         # timed (seconds are their median), and before; none of these warms the cache
     "seed": 0, "plot": "",           # plot: a file, seconds a step against frames
@@ -73,6 +74,8 @@ class Work:
         if a.variant == "shared+sp":
             encode.check_heads(text.num_attention_heads, text.num_key_value_heads, ranks)
         inner.visual.requires_grad_(False)
+        if a.checkpointing:
+            vlm.recompute_layers(self.model)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], 1e-6, (0.9, 0.95))
         self.banned = vlm.banned_ids(self.model, self.tokenizer)
         self.banned[vlm.stop_ids(self.model, self.tokenizer)] = True           # so that a completion has exactly L tokens
@@ -104,7 +107,7 @@ class Work:
             prompts = [self.see() for _ in parts]
         with clock("rollout"):                                                 # each prompt with keys and values of its own
             answers = rollout.rollout(self.model, self.tokenizer, prompts, [[keys[n] for n in part] for part in parts], ranks,
-                                      max_tokens=sum(len(p.ids) for p in prompts), think_budget=0, answer_budget=a.completion, banned=banned, forced="")
+                                      sum(len(p.ids) for p in prompts), a.variant == "shared+sp", think_budget=0, answer_budget=a.completion, banned=banned, forced="")
         for part, prompt, completions in zip(parts, prompts, answers):
             with clock("encode"):
                 prompt = self.see() if a.variant == "naive" else prompt
@@ -237,9 +240,9 @@ def parse(arguments):
             setattr(a, key, [type(old[0])(x) for x in text.split(",")] if isinstance(old, list) else type(old)(text))
         except ValueError:
             raise ValueError(f"--{key}={text}: whole numbers are expected") from None
-    for key, known in {"variant": VARIANTS, "cache": ("cold", "warm"), "rollout": ("torch",)}.items():
+    for key, known in {"variant": VARIANTS, "cache": ("cold", "warm"), "rollout": ("torch",), "checkpointing": (0, 1)}.items():
         for wrong in set(np.atleast_1d(getattr(a, key)).tolist()) - set(known):
-            raise ValueError(f"--{key}={wrong}: it is {' or '.join(known)}")
+            raise ValueError(f"--{key}={wrong}: it is {' or '.join(map(str, known))}")
     for key in ("frames", "size", "group", "completion", "sp", "threads", "steps", "warmup"):
         if np.min(getattr(a, key)) < (key != "warmup"):
             raise ValueError(f"--{key} must be at least {int(key != 'warmup')}")

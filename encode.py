@@ -318,6 +318,15 @@ class Ulysses:
         return torch.cat(list(self.trade(x)), dim=1)                           # [B, heads, S/sp, d]
 
 
+def all_heads(x, kv_heads, ranks):
+    """Keys or values of all heads on every rank, from those that Ulysses dealt out. [B,heads/sp,S,d] -> [B,kv heads,S,d]"""
+    if ranks.sp == 1:
+        return x
+    every = [torch.empty_like(x) for _ in range(ranks.sp)]
+    dist.all_gather(every, x, group=ranks.group)
+    return torch.cat(every[::max(1, ranks.sp // kv_heads)], dim=1)             # fewer kv heads than ranks: several hold the same
+
+
 def columns(prefix, completions, ranks):
     """The places of a packed sequence that a rank holds: 1/sp of the prefix, 1/sp of the completions. -> long [S/sp]"""
     (p0, p1), (c0, c1) = (shard(n, ranks.sp_rank, ranks.sp) for n in (prefix, completions))

@@ -238,18 +238,16 @@ def check_length(model, prompt, room):
                           f"answer do not fit the model's {most}; lower frames or max_pixels")
 
 
-def splice(model, ids, visions, columns=None):
-    """Text embeddings with the vision tokens in the pads' places. ids: long [B,S]; visions: a [V,D] each. -> [B,S,D]
-
-    columns: long [s], only these places of the sequence: what one rank holds of it. -> [B,s,D]
+def splice(model, ids, visions, columns=slice(None)):
+    """Text embeddings with the vision tokens in the pads' places. ids: long [B,S]; visions: a [V,D] each;
+    columns: long [s], the places of the sequence that are wanted: those that one rank holds. -> [B,s,D]
     """
     pads, vision = ids == model.config.video_token_id, torch.cat(list(visions))
     if int(pads.sum()) != len(vision):
         raise ValueError(f"{int(pads.sum())} vision pads in the sequence but {len(vision)} vision tokens")
-    if columns is not None:
-        row = pads.flatten().cumsum(0).view_as(pads) - 1                       # [B, S], which vision token a pad stands for
-        ids, pads, vision = ids[:, columns], pads[:, columns], vision[row[:, columns][pads[:, columns]]]
-    embeds = model.get_input_embeddings()(ids)                                 # [B, S, D]
+    row = pads.flatten().cumsum(0).view_as(pads) - 1                           # [B, S], which vision token a pad stands for
+    ids, pads, vision = ids[:, columns], pads[:, columns], vision[row[:, columns][pads[:, columns]]]
+    embeds = model.get_input_embeddings()(ids)                                 # [B, s, D]
     return embeds.masked_scatter(pads[..., None], vision.to(embeds.dtype))
 
 
@@ -319,46 +317,62 @@ class Packed:
         return torch.cat(out, dim=2)                                           # [B, heads, P+C, d]
 
 
-def pad_prefixes(prompts):
-    """B prompts, padded on the right. -> ids [B,P] (pads are 0), positions [3,B,P], lengths [B], all long."""
+def pad_prefixes(prompts, ranks=encode.Ranks()):
+    """B prompts, padded on the right, and so that every sp rank can hold as many places of each.
+    -> ids [B,P] (pads are 0), positions [3,B,P], lengths [B], all long."""
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad([p.ids for p in prompts], batch_first=True)                      # [B, P]
     positions = pad([p.positions.T for p in prompts], batch_first=True).permute(2, 0, 1)           # [3, B, P]
+    ids, positions = (F.pad(x, (0, -x.shape[-1] % ranks.sp)) for x in (ids, positions))
     return ids, positions, torch.tensor([len(p.ids) for p in prompts], device=ids.device)
 
 
-def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=None):
+def forward(model, layout, ids, positions, visions, prefix, ranks):
+    """The language model over packed sequences, or over this rank's share of them where several sp ranks hold one (MR-SP
+    stage 2). ids: long [B,S]; positions: long [3,B,S]; visions: a [V,D] each; prefix: how many of the S are the prefix's;
+    it and the rest are multiples of sp. -> (hidden [B,S/sp,D], place [S]: where in it a position is, -1: on another rank)
+    """
+    columns = encode.columns(prefix, ids.shape[1] - prefix, ranks).to(ids.device)                  # [S/sp]
+    if ranks.sp > 1:
+        layout = encode.Ulysses(layout, prefix // ranks.sp, ranks)
+    hidden = model.model.language_model(inputs_embeds=splice(model, ids, visions, columns), position_ids=positions[:, :, columns],
+                                        use_cache=False, layout=layout).last_hidden_state          # [B, S/sp, D]
+    place = torch.full((ids.shape[1],), -1, device=ids.device)
+    place[columns] = torch.arange(len(columns), device=ids.device)
+    return hidden, place
+
+
+def recompute_layers(model):
+    """Activation checkpointing: of each decoder layer its input alone is kept for the backward, which runs the layer again."""
+    text = model.model.language_model
+    text.gradient_checkpointing_enable({"use_reentrant": False})
+    text.train()                                           # transformers checkpoints in this mode alone; nothing here drops out
+
+
+def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=encode.Ranks()):
     """Log-probs of every completion's tokens under the model, the prefix of a group computed once.
 
     prompts: B `Prompt`s; completions: B lists of long [L] tensors, ragged, each L at least 1; banned: bool [vocabulary].
-    ranks: with them the sequence is sharded over their sp ranks (MR-SP stage 2): all give the same prompts and
-    completions, each computes its share, and all get all the log-probs; the gradient of what a rank did not compute
-    stays with the rank that did, so that gradients summed over the ranks are those of one rank alone.
+    ranks: the sequence is sharded over their sp ranks (MR-SP stage 2): all give the same prompts and completions, each
+    computes its share, and all get all the log-probs; the gradient of what a rank did not compute stays with the rank
+    that did, so that gradients summed over the ranks are those of one rank alone.
     Returns (logprobs [N,L], entropy [N,L] without gradient), float32, N = all completions in order, 0 beyond their end.
     """
     pad = torch.nn.utils.rnn.pad_sequence
-    ids, positions, lengths = pad_prefixes(prompts)
-    device, sp = ids.device, ranks.sp if ranks else 1
+    ids, positions, lengths = pad_prefixes(prompts, ranks)
+    device = ids.device
 
     # A completion's last token is predicted but never read: it stays out of the sequence.
     inputs = pad([torch.cat([c[:-1] for c in group]) for group in completions], batch_first=True).to(device)       # [B, C]
     owner = pad([torch.cat([torch.full((len(c) - 1,), g) for g, c in enumerate(group)]) for group in completions],
                 batch_first=True, padding_value=-1).to(device)                 # [B, C], which completion a place is of
     steps = pad([torch.cat([torch.arange(len(c) - 1) for c in group]) for group in completions], batch_first=True).to(device)
+    inputs, steps, owner = (F.pad(x, (0, -x.shape[1] % ranks.sp), value=fill) for x, fill in ((inputs, 0), (steps, 0), (owner, -1)))
     first = torch.stack([p.positions.max() + 1 for p in prompts])              # [B], where every completion starts
-    if sp > 1:                                                                 # every rank gets as many of each
-        ids, positions = (F.pad(x, (0, -x.shape[-1] % sp)) for x in (ids, positions))
-        inputs, steps = (F.pad(x, (0, -x.shape[-1] % sp)) for x in (inputs, steps))
-        owner = F.pad(owner, (0, -owner.shape[-1] % sp), value=-1)
-    (B, P), C = ids.shape, inputs.shape[1]
     positions = torch.cat([positions, (first[:, None] + steps).expand(3, -1, -1)], dim=2)                          # [3, B, P+C]
-    layout, columns = Packed(lengths, owner, model.dtype, P), None
-    if sp > 1:
-        columns = encode.columns(P, C, ranks).to(device)                       # [(P+C)/sp]
-        layout, positions = encode.Ulysses(layout, P // sp, ranks), positions[:, :, columns]
-    embeds = splice(model, torch.cat([ids, inputs], dim=1), [p.vision for p in prompts], columns)
-    hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False,
-                                        layout=layout).last_hidden_state       # [B, P+C, D]
+    P = ids.shape[1]
+    hidden, place = forward(model, Packed(lengths, owner, model.dtype, P), torch.cat([ids, inputs], dim=1), positions,
+                            [p.vision for p in prompts], P, ranks)             # [B, (P+C)/sp, D], [P+C]
 
     # Where each token is predicted: the first at the prefix's last position, the others one position before their own.
     rows, targets = [], []
@@ -369,21 +383,18 @@ def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=None):
             own += len(c) - 1
             targets.append(c.to(device))
     row, column = torch.tensor(rows, device=device).T                          # [M] each
-    targets = torch.cat(targets)                                               # [M]
-    if sp > 1:                                                                 # of these, the ones this rank holds
-        place = torch.full((P + C,), -1, device=device).index_copy(0, columns, torch.arange(len(columns), device=device))
-        held = place[column] >= 0                                              # [M]
-        row, column, targets = row[held], place[column[held]], targets[held]
-    hidden = hidden[row, column]                                               # [M, D], completion positions alone
+    column = place[column]
+    held = column >= 0                                                         # [M], the ones on this rank
+    hidden, targets = hidden[row[held], column[held]], torch.cat(targets)[held]                    # [m, D], [m]: completions alone
 
-    # The head, in chunks that are computed again in the backward: no [M, vocabulary] tensor is ever kept.
+    # The head, in chunks that are computed again in the backward: no [m, vocabulary] tensor is ever kept.
     def head(hidden, targets):
         logp = token_distribution(model, hidden, banned)                       # [m, vocabulary]
         return logp.gather(1, targets[:, None])[:, 0], torch.special.entr(logp.detach().exp()).sum(1)
 
     parts = [checkpoint(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(head_chunk), targets.split(head_chunk))]
-    logp, entropy = (torch.cat(x) for x in zip(*parts))                        # [M] each
-    if sp > 1:
+    logp, entropy = (torch.cat(x) for x in zip(*parts))                        # [m] each
+    if ranks.sp > 1:
         whole = torch.zeros(2, len(held), device=device)
         whole[:, held] = torch.stack([logp, entropy])
         logp, entropy = encode.sum_forward(whole, ranks)

@@ -43,21 +43,22 @@ class SharedPrefix:
     The first forward is the prefill, [N,P] padded on the right; every later one is one token of all N*G rows.
     """
 
-    def __init__(self, lengths, group, room):
-        """lengths: long [N]; group: G; room: the most tokens a completion can have."""
-        self.N, self.G, self.room, self.step = len(lengths), group, room, -1
-        hidden = torch.arange(int(lengths.max()), device=lengths.device) >= lengths[:, None]       # [N, P]
+    def __init__(self, lengths, padded, group, room, kv_heads, ranks):
+        """lengths: long [N]; padded: P; group: G; room: the most tokens a completion can have; ranks: these share the prefill,
+        its kv_heads heads of keys and values dealt out by `encode.Ulysses`; all have all of them afterwards."""
+        self.N, self.G, self.room, self.kv_heads, self.ranks, self.step = len(lengths), group, room, kv_heads, ranks, -1
+        hidden = torch.arange(padded, device=lengths.device) >= lengths[:, None]                   # [N, P]
         self.hidden = torch.zeros(hidden.shape, device=lengths.device).masked_fill_(hidden, -math.inf)[:, None, None]
         self.prefix, self.own = {}, {}
 
     def __call__(self, layer, q, k, v, scale):
         if self.step < 0:
-            self.prefix[layer] = k, v                                          # [N, kv, P, d] each
-            room = (self.N * self.G, k.shape[1], self.room, k.shape[3])
+            self.prefix[layer] = [encode.all_heads(x, self.kv_heads, self.ranks) for x in (k, v)]  # [N, kv, P, d] each
+            room = (self.N * self.G, self.kv_heads, self.room, k.shape[3])
             self.own[layer] = k.new_empty(room), v.new_empty(room)             # written in place, never grown
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
-        N, G, (rows, heads, _, d), kv, t = self.N, self.G, q.shape, k.shape[1], self.step + 1
+        N, G, (rows, heads, _, d), kv, t = self.N, self.G, q.shape, self.kv_heads, self.step + 1
         R = heads // kv                                                        # query heads that share a kv head
         kp, vp = self.prefix[layer]
         ko, vo = self.own[layer]
@@ -82,13 +83,14 @@ def stream(*key):
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=False, watch=None, banned=None, forced=FORCED):
+def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=False, watch=None, banned=None, forced=FORCED,
+           ranks=encode.Ranks()):
     """Completions of N prompts. keys: N lists of G keys for `stream`, one a completion. -> N lists of G `Completion`s
 
     Thinking ends by itself with </think>, or after think_budget tokens, when </think><answer> is written for the model;
     from there it may sample answer_budget tokens. The forced text is tokenized by itself and marked as not sampled.
     watch(text), if given, is called with each new piece of the first completion; banned: bool [vocabulary], None for
-    `model.banned_ids`; forced: what is written when time is up.
+    `model.banned_ids`; forced: what is written when time is up; ranks: their sp ranks share the prefill of these prompts.
     """
     N, G, device = len(prompts), len(keys[0]), prompts[0].ids.device
     banned = vlm.banned_ids(model, tokenizer) if banned is None else banned
@@ -102,12 +104,15 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
 
     uniform = None if greedy else torch.tensor(np.stack([stream(*key).random(room) for row in keys for key in row]), device=device)
 
-    ids, positions, lengths = vlm.pad_prefixes(prompts)
-    layout = SharedPrefix(lengths, G, room)
-    embeds = vlm.splice(model, ids, [p.vision for p in prompts])
-    hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False,
-                                        layout=layout).last_hidden_state       # [N, P, D]
-    hidden = hidden[torch.arange(N, device=device), lengths - 1].repeat_interleave(G, 0)           # [N*G, D]
+    ids, positions, lengths = vlm.pad_prefixes(prompts, ranks)                 # [N, P], [3, N, P], [N]
+    P = ids.shape[1]
+    layout = SharedPrefix(lengths, P, G, room, model.config.text_config.num_key_value_heads, ranks)
+    hidden, place = vlm.forward(model, layout, ids, positions, [p.vision for p in prompts], P, ranks)          # [N, P/sp, D], [P]
+    last = place[lengths - 1]                                                  # [N], -1 where it is on another rank
+    hidden = hidden[torch.arange(N, device=device), last].masked_fill(last[:, None] < 0, 0.0)
+    if ranks.sp > 1:
+        hidden = encode.sum_forward(hidden, ranks)
+    hidden = hidden.repeat_interleave(G, 0)                                    # [N*G, D]
     first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(G)             # [N*G]
 
     @dataclass
@@ -174,11 +179,11 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     return [completions[n * G:(n + 1) * G] for n in range(N)]
 
 
-def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, **how):
+def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=False, **how):
     """`sample`, shared out: each sp rank samples its part of every group, and all ranks end with the whole groups.
 
     prompts: N; keys: N lists of G; max_tokens: the most prefix tokens, padding included, that are decoded at once;
-    how: `sample`'s think_budget, answer_budget, greedy. -> N lists of G `Completion`s
+    stage2: the prefill is shared out too, else every rank does it for itself; how: `sample`'s think_budget, answer_budget, greedy. -> N lists of G `Completion`s
     """
     lo, hi = encode.shard(len(keys[0]), ranks.sp_rank, ranks.sp) if keys else (0, 0)
     mine, at = [], 0
@@ -189,7 +194,8 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, **how):
             if n and (n + 1) * longest > max_tokens:
                 break
             n += 1
-        mine += sample(model, tokenizer, prompts[at:at + n], [row[lo:hi] for row in keys[at:at + n]], **how)
+        mine += sample(model, tokenizer, prompts[at:at + n], [row[lo:hi] for row in keys[at:at + n]],
+                       ranks=ranks if stage2 else encode.Ranks(), **how)
         at += n
     if ranks.sp == 1:
         return mine

@@ -54,6 +54,7 @@ class Config:
     # where
     sp: int = 0                    # ranks that share one video; 0: all of this machine; 1: none share
     stage2: bool = False           # shard the sequence over them in training too: memory for videos too long for one
+    checkpointing: bool = False    # decoder layers computed again in the backward: a tenth of the memory, a fifth more time
     dtype: str = "float32"         # of weights and activations; "bfloat16" on GPUs
     max_tokens: int = 16384        # the most positions in one forward, padding included; lower it if memory runs out
     # the video
@@ -85,8 +86,8 @@ class Config:
     save_every: int = 40           # steps; also at the end of each stage
 
 
-# What may differ when a run goes on: none of these changes what a step computes (sp, stage2, max_tokens: to float error).
-MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "max_tokens", "rl_steps", "eval_every",
+# What may differ when a run goes on: none of these changes what a step computes (sp, stage2, checkpointing, max_tokens: to float error).
+MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "checkpointing", "max_tokens", "rl_steps", "eval_every",
               "eval_samples", "show_every", "save_every"}
 
 
@@ -157,23 +158,30 @@ class Clock:
 
 
 def video_key(model, path, c, cache):
+    """What the cache calls a video. Raises data.VideoError."""
     return cache.key(model.model.visual, data.fingerprint(path, c.cache_dir), c.frames, asdict(model.pixels))
 
 
-def see(model, path, c, ranks, cache, ahead=None):
+def see(model, path, key, c, ranks, cache, ahead=None):
     """A video's vision tokens, from the cache or new; ahead: a `data.Ahead` that may have read it. -> as `vlm.encode_video`
 
-    Raises data.VideoError, on all sp ranks alike.
+    key: its `video_key`, or the error there was instead. Raises data.VideoError, on all sp ranks alike.
     """
-    key = encode.led(lambda: video_key(model, path, c, cache), ranks)
+    if isinstance(key, data.VideoError):
+        raise key
 
-    def make():
-        seen = vlm.encode_video(model, lambda: ahead.open(path, key) if ahead else data.open_video(path, c.frames), ranks)
-        if encode.led(lambda: video_key(model, path, c, cache), ranks) != key:
-            raise data.VideoError(f"{path}: changed while it was read")
-        return seen
+    def open_video():
+        video = ahead.open(path, key) if ahead else data.open_video(path, c.frames)
 
-    return cache.get(key, make, ranks)
+        def read(lo, hi):
+            frames = video.read(lo, hi)
+            if video_key(model, path, c, cache) != key:
+                raise data.VideoError(f"{path}: changed while it was read")
+            return frames
+
+        return replace(video, read=read)
+
+    return cache.get(key, lambda: vlm.encode_video(model, open_video, ranks), ranks)
 
 
 def read_ahead(ahead, model, samples, c, ranks, cache):
@@ -191,10 +199,17 @@ def make_prompts(model, tokenizer, samples, c, ranks, cache, ahead=None):
 
     A video that does not decode and a prompt that is too long are dropped, never replaced and never cut.
     """
-    made, dropped = [], {}
-    for sample in samples:
+    def key(sample):
         try:
-            seen = see(model, sample.video, c, ranks, cache, ahead)
+            return video_key(model, sample.video, c, cache)
+        except data.VideoError as e:
+            return e
+
+    keys = encode.led(lambda: [key(s) for s in samples], ranks)                # one question a step: each costs as much as many frames
+    made, dropped = [], {}
+    for sample, key in zip(samples, keys):
+        try:
+            seen = see(model, sample.video, key, c, ranks, cache, ahead)
             prompt = vlm.make_prompt(model, tokenizer, sample.question, *seen)
             vlm.check_length(model, prompt, c.think_budget + c.answer_budget)
             made.append((sample, prompt))
@@ -278,7 +293,7 @@ def sft_step(model, tokenizer, prompts, texts, c, ranks, banned, stage2=False):
     share = 1 / ranks.sp if stage2 else 1                  # with stage 2 every sp rank has the loss of all tokens
     total, loss = sum(gather(sum(len(tokens) for _, tokens in items), ranks)) * share, 0.0
     for batch in micro_batches(items, lambda x: len(x[0].ids) + len(x[1]), c.max_tokens):
-        logprobs, _ = vlm.logprobs(model, [p for p, _ in batch], [[t] for _, t in batch], banned, ranks=ranks if stage2 else None)
+        logprobs, _ = vlm.logprobs(model, [p for p, _ in batch], [[t] for _, t in batch], banned, ranks=ranks if stage2 else encode.Ranks())
         part = -logprobs.sum() / total
         part.backward()
         loss += float(part.detach()) * share
@@ -313,7 +328,7 @@ def grpo_step(model, groups, c, ranks, banned, divisor):
     for batch in micro_batches(items, cost, c.max_tokens):
         prompts, completions, advantages = zip(*batch)
         logprobs, entropy = vlm.logprobs(model, prompts, [[x.tokens for x in xs] for xs in completions], banned,
-                                         ranks=ranks if c.stage2 else None)
+                                         ranks=ranks if c.stage2 else encode.Ranks())
         flat = [x for xs in completions for x in xs]
         old, mask = pad([x.logprobs for x in flat]), pad([x.sampled for x in flat])                # [N, L]
         loss, metrics = grpo.policy_loss(logprobs, old, torch.cat(advantages).to(ranks.device), mask, c.clip_low,
@@ -453,6 +468,8 @@ def main(c):
     model, tokenizer = vlm.load(found or c.model, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
     if c.stage2:
         encode.check_heads(model.config.text_config.num_attention_heads, model.config.text_config.num_key_value_heads, ranks)
+    if c.checkpointing:
+        vlm.recompute_layers(model)
     banned, tower = vlm.banned_ids(model, tokenizer), model.model.visual
     lines = []
     if ranks.rank == 0:                                    # what was logged after the checkpoint will be logged again
@@ -611,7 +628,7 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
     again = {i: sum(s.id == drawn[i].id for s in drawn[:i]) for i in slots}
     keys = [[(c.seed, step, drawn[i].id, again[i] * c.group_size + n) for n in range(c.group_size)] for i in slots]
     with clock("rollout"):
-        answers = rollout(model, tokenizer, [p for _, p in made], keys, ranks, c.max_tokens,
+        answers = rollout(model, tokenizer, [p for _, p in made], keys, ranks, c.max_tokens, c.stage2,
                           think_budget=c.think_budget, answer_budget=c.answer_budget)
     groups, stats = [], {}
     for i, (sample, prompt), xs in zip(slots, made, answers):

@@ -82,6 +82,14 @@ def test_saved_bytes_grow_with_completions_by_less_than_the_prefix(monkeypatch):
     assert saved("naive", 4) == saved("naive", 1)                              # it keeps one pass at a time
 
 
+def test_checkpointing_keeps_less_and_gives_the_same_gradient(monkeypatch):
+    plain, again = (one_step("shared", monkeypatch, frames=32, checkpointing=on) for on in (0, 1))
+    assert again.loss == pytest.approx(plain.loss, rel=1e-6)
+    assert float((again.gradient - plain.gradient).norm() / plain.gradient.norm()) < 1e-6
+    kept = [bench.Work(settings("shared", frames=32, checkpointing=on), encode.Ranks()).saved_bytes() for on in (0, 1)]
+    assert kept[1] < kept[0] / 3
+
+
 def test_noise_video_is_a_function_of_seed_and_frame_in_any_slices():
     video = bench.noise_video(6, 28, seed=3)
     whole = video.read(0, 6)
@@ -115,7 +123,8 @@ def test_rows_of_two_ranks(capsys, monkeypatch, tmp_path):
 def test_what_cannot_be_run_is_said_in_one_sentence(capfd):
     for given, said in ((["--frame=8"], "unknown argument"), (["frames=8"], "unknown argument"), (["--frames=8,x"], "whole numbers"),
                         (["--frames=0"], "at least 1"), (["--warmup=-1"], "at least 0"), (["--variant=fast"], "fast"),
-                        (["--cache=hot"], "hot"), (["--rollout=vllm"], "vllm"), (["--group=3", "--sp=2"], "not divisible")):
+                        (["--cache=hot"], "hot"), (["--rollout=vllm"], "vllm"), (["--checkpointing=2"], "0 or 1"),
+                        (["--group=3", "--sp=2"], "not divisible")):
         with pytest.raises(ValueError, match=said) as error:
             bench.parse(given)
         assert "\n" not in str(error.value)

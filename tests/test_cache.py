@@ -325,7 +325,7 @@ def test_cached_tokens_are_the_fresh_ones_and_a_changed_file_gives_new_ones(tmp_
     path, seen = clip(tmp_path / "a.mp4", 0), []
     with count_patches(model.model.visual, seen):
         def see(cache):
-            return train.see(model, path, c, ALONE, cache)
+            return train.see(model, path, train.video_key(model, path, c, cache), c, ALONE, cache)
         caches = [encode.Cache(folder=c.cache_dir) for _ in range(3)]
         first = see(caches[0])
         assert len(seen) == 3 and same(see(caches[0]), first) and same(see(caches[1]), first) and len(seen) == 3
@@ -339,15 +339,22 @@ def test_cached_tokens_are_the_fresh_ones_and_a_changed_file_gives_new_ones(tmp_
             assert len(seen) == 4 * patches
 
 
-def test_a_video_that_changes_while_it_is_read_is_no_entry(tmp_path, tiny):
-    model, path = vlm.load(tiny)[0], clip(tmp_path / "a.mp4", 0)
+def test_a_video_that_changes_while_it_is_read_is_no_entry(tmp_path, tiny, monkeypatch):
+    model, path, real = vlm.load(tiny)[0], clip(tmp_path / "a.mp4", 0), data.open_video
     c = train.Config(cache_dir=str(tmp_path / "c"))
     cache = encode.Cache(folder=c.cache_dir)
-    with model.model.visual.register_forward_pre_hook(lambda *_: clip(path, 1) and None):
-        with pytest.raises(data.VideoError, match="a.mp4: changed while it was read"):
-            train.see(model, path, c, ALONE, cache)
+    see = lambda: train.see(model, path, train.video_key(model, path, c, cache), c, ALONE, cache)
+
+    def opened(path, frames):
+        video = real(path, frames)
+        clip(path, 1)
+        return video
+    monkeypatch.setattr(data, "open_video", opened)
+    with pytest.raises(data.VideoError, match="a.mp4: changed while it was read"):
+        see()
     assert not entries(c.cache_dir) and not cache.kept
-    assert same(train.see(model, path, c, ALONE, cache), vlm.encode_video(model, lambda: data.open_video(path, c.frames), ALONE))
+    monkeypatch.undo()
+    assert same(see(), vlm.encode_video(model, lambda: data.open_video(path, c.frames), ALONE))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 The slow paths are transformers' own vision tower and one process that encodes everything. The several processes are
 real ones that talk over gloo: this file, run as a script, starts them all once, and the tests look at what they brought.
 """
+import copy
 import doctest
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 import data
 import encode
 import model as vlm
+import rollout
 
 ALONE = encode.Ranks()
 WIDTH = 3 * 2 * 14 * 14         # values of one patch
@@ -144,11 +146,16 @@ PACKS = [  # per prompt: (temporal patches of its video, lengths of its completi
     [(1, [1])], [(1, [2])], [(8, [2, 2, 3]), (1, [17, 6, 5]), (3, [1, 1, 1])]]
 
 
-def packed(model, pack, ranks=None):
+def asked(model, tokenizer, pack, g):
+    """A prompt for each video of a pack, no two of one length."""
+    return [vlm.make_prompt(model, tokenizer, "How many" + " red" * i, torch.randn(t, 128, generator=g), (t, 2, 2), 0.5)
+            for i, (t, _) in enumerate(pack)]
+
+
+def packed(model, pack, ranks=ALONE):
     """-> log-probs, entropies and the gradients that this rank has of a weighted sum of the log-probs."""
     g, tokenizer = torch.Generator().manual_seed(3), vlm.build_tiny()[1]
-    prompts = [vlm.make_prompt(model, tokenizer, "How many" + " red" * i, torch.randn(t, 128, generator=g), (t, 2, 2), 0.5)
-               for i, (t, _) in enumerate(pack)]
+    prompts = asked(model, tokenizer, pack, g)
     completions = [[torch.randint(0, 500, (n,), generator=g) for n in lengths] for _, lengths in pack]
     model.zero_grad()
     logprobs, entropy = vlm.logprobs(model, prompts, completions, vlm.banned_ids(model, tokenizer), ranks=ranks)
@@ -158,16 +165,46 @@ def packed(model, pack, ranks=None):
 
 
 def case_stage2(model, ranks):
-    """Every pack with its sequence sharded; how many positions went through the first decoder layer here."""
-    results, seen = [], []
-    hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    """Every pack with its sequence sharded; how many positions went through the first decoder layer here, each time."""
+    results = []
     for pack in PACKS:
+        seen, hook = positions_seen(model)
         logprobs, entropy, gradients = packed(model, pack, ranks)
+        hook.remove()
         for x in gradients.values():
             dist.all_reduce(x)
-        results.append((logprobs, entropy, gradients, seen.pop()))
-    hook.remove()
+        results.append((logprobs, entropy, gradients, seen))
     return results
+
+
+def case_recomputed(model, ranks):
+    """The same with activation checkpointing: the all-to-alls are run again too."""
+    again = copy.deepcopy(model)
+    vlm.recompute_layers(again)
+    return case_stage2(again, ranks)
+
+
+def positions_seen(model):
+    """-> (a list that will hold how many positions each forward has on this rank, the hook to remove)"""
+    seen = []
+    return seen, model.model.language_model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+
+
+def prefilled(model, ranks, stage2):
+    """-> for each pack the completions of all its prompts; how many positions each forward had on this rank."""
+    tokenizer, results = vlm.build_tiny()[1], []
+    for pack in PACKS:
+        prompts = asked(model, tokenizer, pack, torch.Generator().manual_seed(5))
+        seen, hook = positions_seen(model)
+        keys = [[(7, p, n) for n in range(4)] for p in range(len(prompts))]
+        groups = rollout.rollout(model, tokenizer, prompts, keys, ranks, stage2=stage2, think_budget=5, answer_budget=3)
+        hook.remove()
+        results.append(([(x.tokens.tolist(), x.logprobs) for group in groups for x in group], seen))
+    return results
+
+
+def case_prefill(model, ranks):
+    return prefilled(model, ranks, True)
 
 
 def case_ranks(model, ranks):
@@ -187,8 +224,8 @@ def case_own_video(model, ranks):
 
 
 WORLDS = {  # name: (ranks, ranks of a machine, the sp that is asked for, cases)
-    "four": (4, 4, 0, [case_ranks, case_shapes, case_films, case_errors, case_stage2]),
-    "two": (2, 2, 2, [case_ranks, case_shapes, case_films, case_errors, case_stage2]),
+    "four": (4, 4, 0, [case_ranks, case_shapes, case_films, case_errors, case_stage2, case_recomputed, case_prefill]),
+    "two": (2, 2, 2, [case_ranks, case_shapes, case_films, case_errors, case_stage2, case_recomputed, case_prefill]),
     "two machines": (4, 2, 0, [case_ranks, case_own_video]),
     "sp off": (2, 2, 1, [case_ranks, case_own_video]),
     "three into two": (2, 2, 3, []),
@@ -595,10 +632,11 @@ def test_two_videos_of_equal_shape_never_share_an_entry(tower):
 # ---------------------------------------------------------------------------------------------------------------------
 # stage 2
 
+@pytest.mark.parametrize("case", ["case_stage2", "case_recomputed"])
 @pytest.mark.parametrize("world", ["two", "four"])
-def test_a_sharded_sequence_has_the_values_and_gradients_of_a_whole_one(brought, world):
+def test_a_sharded_sequence_has_the_values_and_gradients_of_a_whole_one(brought, world, case):
     """Properties 6 to 9 and 11: lengths of every remainder, shards of padding alone, two kv heads on four ranks."""
-    model, results, sp = tiny_model(), brought(world, "case_stage2"), WORLDS[world][0]
+    model, results, sp = tiny_model(), brought(world, case), WORLDS[world][0]
     for i, pack in enumerate(PACKS):
         right, entropy, gradients = packed(model, pack)
         scale = sum(g.norm() ** 2 for g in gradients.values()) ** 0.5
@@ -607,7 +645,19 @@ def test_a_sharded_sequence_has_the_values_and_gradients_of_a_whole_one(brought,
             for name, g in gradients.items():
                 assert (summed[name] - g).norm() <= 1e-4 * g.norm() + 1e-7 * scale, (pack, name)
             whole = 65 + max(t for t, _ in pack) + max(sum(n - 1 for n in lengths) for _, lengths in pack)
-            assert positions <= whole / sp + 4, "each rank computes its share alone"
+            assert positions[0] <= whole / sp + 4, "each rank computes its share alone"
+            assert len(positions) == 1 + (case == "case_recomputed"), "once more, in the backward"
+
+
+@pytest.mark.parametrize("world", ["two", "four"])
+def test_a_prefill_shared_out_gives_the_completions_of_one_rank(brought, world):
+    """Every remainder of lengths, several prompts at once, two kv heads on four ranks: same tokens, log-probs to 1e-5."""
+    results, sp = brought(world, "case_prefill"), WORLDS[world][0]
+    for i, (right, positions) in enumerate(prefilled(tiny_model(), ALONE, False)):
+        for said, seen in (r[i] for r in results):
+            assert [tokens for tokens, _ in said] == [tokens for tokens, _ in right]
+            assert all(torch.allclose(got, want, atol=1e-5, rtol=0) for (_, got), (_, want) in zip(said, right))
+            assert seen[0] == -(-positions[0] // sp), "each rank runs its share of the prefix alone"
 
 
 def test_columns_of_all_ranks_are_the_sequence_once():

@@ -264,7 +264,8 @@ def test_first_tokens_come_as_often_as_their_probability_says(tiny, prompts):
                          for i in (int(first[0]), int(first[1]))])             # the trainer's, to be sure of the reference
         hidden = model.model.language_model(
             inputs_embeds=vlm.splice(model, prompts[0].ids[None], [prompts[0].vision]), use_cache=False,
-            position_ids=prompts[0].positions[:, None], layout=rollout.SharedPrefix(torch.tensor([len(prompts[0].ids)]), 1, 1))
+            position_ids=prompts[0].positions[:, None], layout=rollout.SharedPrefix(
+                    torch.tensor([len(prompts[0].ids)]), len(prompts[0].ids), 1, 1, 2, encode.Ranks()))
         logp = vlm.token_distribution(model, hidden.last_hidden_state[0, -1:], vlm.banned_ids(model, tokenizer))[0].double()
     torch.testing.assert_close(logp[first[:2]].float(), p, atol=1e-5, rtol=0)
     counts = torch.bincount(first, minlength=len(logp))
