@@ -183,7 +183,7 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=Fal
     """`sample`, shared out: each sp rank samples its part of every group, and all ranks end with the whole groups.
 
     prompts: N; keys: N lists of G; max_tokens: the most prefix tokens, padding included, that are decoded at once;
-    stage2: the prefill is shared out too, else every rank does it for itself; how: `sample`'s think_budget, answer_budget, greedy. -> N lists of G `Completion`s
+    stage2: the prefill is shared out too (every rank must have completions to sample), else each does it for itself; how: `sample`'s think_budget, answer_budget, greedy. -> N lists of G `Completion`s
     """
     lo, hi = encode.shard(len(keys[0]), ranks.sp_rank, ranks.sp) if keys else (0, 0)
     mine, at = [], 0
