@@ -20,6 +20,7 @@ import resource
 import socket
 import statistics
 import sys
+import tempfile
 from collections import Counter
 from itertools import product
 from types import SimpleNamespace
@@ -47,7 +48,8 @@ SETTINGS = {                         # a list takes several, with commas between
     "variant": list(VARIANTS),
     "cache": ["cold", "warm"],
     "checkpointing": 0,              # 1: decoder layers are computed again in the backward
-    "rollout": "torch", "threads": 1,        # the engine; threads of each rank
+    "rollout": ["torch"],            # the engine; vllm too, where it is installed, for shared
+    "threads": 1,                    # of each rank
     "steps": 3, "warmup": 1,         # timed (seconds are their median), and before; none of these warms the cache
     "seed": 0, "plot": "",           # plot: a file, seconds a step against frames
 }
@@ -79,7 +81,12 @@ class Work:
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], 1e-6, (0.9, 0.95))
         self.banned = vlm.banned_ids(self.model, self.tokenizer)
         self.banned[vlm.stop_ids(self.model, self.tokenizer)] = True           # so that a completion has exactly L tokens
-        self.cache, self.count = encode.Cache(), Counter()
+        self.cache, self.count, self.engine = encode.Cache(), Counter(), None
+        if a.rollout == "vllm":                            # it starts from a directory; its room: vision tokens, question, answer
+            length = -(-a.frames // px.temporal) * (a.size // (px.patch * px.merge)) ** 2 + 512 + a.completion
+            with tempfile.TemporaryDirectory() as folder:
+                vlm.save(self.model, self.tokenizer, folder)
+                self.engine = rollout.VLLM(folder, self.model, self.tokenizer, ranks, length)
         count = self.count.update                          # adds
         for module, hook in ((inner.language_model, lambda m, a, x: count(lm=x["inputs_embeds"].shape[:2].numel())),
                              (inner.visual, lambda m, a, x: count(temporal=int(x["grid_thw"][:, 0].sum())))):
@@ -107,7 +114,7 @@ class Work:
             prompts = [self.see() for _ in parts]
         with clock("rollout"):                                                 # each prompt with keys and values of its own
             answers = rollout.rollout(self.model, self.tokenizer, prompts, [[keys[n] for n in part] for part in parts], ranks,
-                                      sum(len(p.ids) for p in prompts), a.variant == "shared+sp", think_budget=0, answer_budget=a.completion, banned=banned, forced="")
+                                      sum(len(p.ids) for p in prompts), a.variant == "shared+sp", self.engine, think_budget=0, answer_budget=a.completion, banned=banned, forced="")
         for part, prompt, completions in zip(parts, prompts, answers):
             with clock("encode"):
                 prompt = self.see() if a.variant == "naive" else prompt
@@ -196,19 +203,21 @@ def run_row(a):
 
 def table(rows):
     """Text, one line a row, with ratios to the first row of the same frames."""
-    line = "{:>6}  {:9}  {:5} {:>2} {:>7} {:>8} {:>6} {:>7} {:>7} {:>7} {:>15} {:>5} {:>7} {:>9} {:>5} {:>11} {:>6}  {}".format
-    head = "frames variant cache sp P s/step faster encode rollout train LM_tokens fewer encodes saved_MB less peak_MB gap norm"
+    line = "{:>6}  {:9}  {:5} {:6} {:>2} {:>7} {:>8} {:>6} {:>7} {:>7} {:>6} {:>7} {:>15} {:>5} {:>7} {:>9} {:>5} {:>11} {:>6}  {}".format
+    head = "frames variant cache engine sp P s/step faster encode rollout tok/s train LM_tokens fewer encodes saved_MB less peak_MB gap norm"
     lines, base = [line(*head.split())], {}
     for r in rows:
         b = base.setdefault(r["frames"], r)
         faster, fewer, less = (f"{b[k] / r[k]:.1f}x" for k in ("seconds", "lm_tokens", "saved_mb"))
-        lines.append(line(r["frames"], r["variant"], r["cache"], r["sp"], r["prompt_tokens"], f"{r['seconds']:.3f}", faster,
-                          *(f"{r[k]:.3f}" for k in ("encode_s", "rollout_s", "train_s")), "+".join(map(str, r["lm_by_rank"])),
+        lines.append(line(r["frames"], r["variant"], r["cache"], r["rollout"], r["sp"], r["prompt_tokens"], f"{r['seconds']:.3f}", faster,
+                          f"{r['encode_s']:.3f}", f"{r['rollout_s']:.3f}", f"{r['group'] * r['completion'] / r['rollout_s']:.0f}",
+                          f"{r['train_s']:.3f}", "+".join(map(str, r["lm_by_rank"])),
                           fewer, f"{r['encodes']:g}", f"{r['saved_mb']:.1f}", less,
                           " ".join(f"{x:.0f}" for x in r["peak_by_rank"]), f"{r['gap']:.0e}", f"{r['norm']:.6g}"))
     return "\n".join(lines) + """
-faster, fewer, less: than the first row of these frames. saved_MB: for the backward. gap: the largest between sampler and
-trainer, in log-prob. norm: of the gradient in the first step, from the same weights: the same work gives the same."""
+faster, fewer, less: than the first row of these frames. tok/s: sampled in the rollout. LM_tokens: of our model, not of vLLM's
+copy. saved_MB: for the backward. gap: the largest between sampler and trainer, in log-prob. norm: of the gradient in the
+first step, from the same weights: the same completions give the same."""
 
 
 def plot(rows, path):
@@ -240,7 +249,7 @@ def parse(arguments):
             setattr(a, key, [type(old[0])(x) for x in text.split(",")] if isinstance(old, list) else type(old)(text))
         except ValueError:
             raise ValueError(f"--{key}={text}: whole numbers are expected") from None
-    for key, known in {"variant": VARIANTS, "cache": ("cold", "warm"), "rollout": ("torch",), "checkpointing": (0, 1)}.items():
+    for key, known in {"variant": VARIANTS, "cache": ("cold", "warm"), "rollout": ("torch", "vllm"), "checkpointing": (0, 1)}.items():
         for wrong in set(np.atleast_1d(getattr(a, key)).tolist()) - set(known):
             raise ValueError(f"--{key}={wrong}: it is {' or '.join(map(str, known))}")
     for key in ("frames", "size", "group", "completion", "sp", "threads", "steps", "warmup"):
@@ -256,11 +265,11 @@ def parse(arguments):
 def main(a):
     rows = []
     try:
-        for frames, variant, sp, cache in product(a.frames, a.variant, a.sp, a.cache):
+        for frames, variant, sp, cache, engine in product(a.frames, a.variant, a.sp, a.cache, a.rollout):
             senseless = sp == 1 if variant == "shared+sp" else sp > min(a.sp) and variant != "shared"
-            if senseless or (variant, cache) == ("naive", "warm"):
+            if senseless or (variant, cache) == ("naive", "warm") or (engine == "vllm" and variant in ("naive", "reuse")):
                 continue
-            rows.append(run_row(SimpleNamespace(**vars(a) | dict(frames=frames, variant=variant, sp=sp, cache=cache))))
+            rows.append(run_row(SimpleNamespace(**vars(a) | dict(frames=frames, variant=variant, sp=sp, cache=cache, rollout=engine))))
             print(json.dumps({k: rows[-1][k] for k in KEYS}), flush=True)
     finally:                                               # what was measured is shown, whatever came after it
         if rows:

@@ -40,6 +40,8 @@ class Prompt:
     positions: torch.Tensor  # [3, P] long, M-RoPE: time, height, width
     vision: torch.Tensor     # [V, D] gathered vision tokens; no gradient, but where the tower itself trains
     grids: list              # (t, h, w) in patches of each run of vision tokens
+    seconds: float = 0.0     # between two temporal patches
+    key: str = ""            # what the cache calls the video
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ def mrope_positions(ids, pad, grids, merge, interval):
                 raise ValueError("more runs of vision pads in the prompt than grids")
             t, h, w = grids.pop(0)
             h, w = h // merge, w // merge
-            time = (torch.arange(t) * torch.tensor(interval, dtype=torch.float32)).long()
+            time = (torch.arange(t, dtype=torch.float64) * interval).long()
             part = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1) + start
             if not all(is_pad[at:at + part.shape[1]]):
                 raise ValueError("the vision pads in the prompt do not fill the grids")
@@ -203,10 +205,10 @@ def tokenize_text(tokenizer, text):
     return ids
 
 
-def make_prompt(model, tokenizer, question, vision, grid, seconds):
+def make_prompt(model, tokenizer, question, vision, grid, seconds, key=""):
     """One user turn of the model's chat template: the video, the question, the instruction how to answer.
 
-    vision: [V, D], what `encode.encode` returned for grid (t, h, w); seconds: between two frames.
+    vision: [V, D], what `encode.encode` returned for grid (t, h, w); seconds: between two frames; key: the cache's.
     """
     config, pad = model.config, model.config.video_token_id
     mark = "\x00"                                          # stands for the user's words, which are tokenized apart
@@ -221,21 +223,22 @@ def make_prompt(model, tokenizer, question, vision, grid, seconds):
     if len(vision) != n:
         raise ValueError(f"{n} vision pads but {len(vision)} vision tokens")
     ids = torch.tensor(ids)
-    interval = config.vision_config.tokens_per_second * seconds * model.pixels.temporal
-    positions = mrope_positions(ids, pad, [grid], model.pixels.merge, interval)
-    return Prompt(ids.to(vision.device), positions.to(vision.device), vision, [grid])
+    seconds = seconds * model.pixels.temporal              # from one temporal patch to the next
+    positions = mrope_positions(ids, pad, [grid], model.pixels.merge, seconds * config.vision_config.tokens_per_second)
+    return Prompt(ids.to(vision.device), positions.to(vision.device), vision, [grid], seconds, key)
 
 
 class PromptError(ValueError):
     """A prompt that cannot be used, and why, in one sentence."""
 
 
-def check_length(model, prompt, room):
-    """Raises PromptError where prompt and `room` more tokens do not fit the model. Nothing is ever cut off."""
-    most = model.config.text_config.max_position_embeddings
-    if len(prompt.ids) + room > most:
+def check_length(model, prompt, room, most=None):
+    """Raises PromptError where prompt and `room` more tokens do not fit the model, or vLLM's `most`. Nothing is ever cut off."""
+    own = model.config.text_config.max_position_embeddings
+    if len(prompt.ids) + room > min(own, most or own):
+        what = f"the model's {own}" if not most or own <= most else f"vllm_length = {most}"
         raise PromptError(f"a prompt of {len(prompt.ids)} tokens ({len(prompt.vision)} of them vision) and {room} for the "
-                          f"answer do not fit the model's {most}; lower frames or max_pixels")
+                          f"answer do not fit {what}; lower frames or max_pixels")
 
 
 def splice(model, ids, visions, columns=slice(None)):

@@ -10,6 +10,7 @@ banned ids (`model.banned_ids`), the same positions.
 import argparse
 import hashlib
 import math
+import os
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,7 @@ import data
 import encode
 import model as vlm
 
+VLLM_VERSION = "0.32.0"
 FORCED = "</think><answer>"    # what is written for a model whose thinking budget ran out
 
 
@@ -179,14 +181,133 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     return [completions[n * G:(n + 1) * G] for n in range(N)]
 
 
-def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=False, **how):
+def import_vllm():
+    """The module, where it is the version that this is written for; else a ValueError that says what to install."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")               # in this process, on this rank's device
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")               # it would bind the trainer's threads with its own
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")                       # GiB, where there is no GPU
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        import vllm
+    except ImportError as e:
+        raise ValueError(f"rollout = vllm needs vLLM {VLLM_VERSION}: pip install -r requirements-gpu.txt ({e})") from e
+    if vllm.__version__.partition("+")[0] != VLLM_VERSION:
+        raise ValueError(f"rollout = vllm needs vLLM {VLLM_VERSION}, and {vllm.__version__} is installed: pip install -r requirements-gpu.txt")
+    return vllm
+
+
+class VLLM:
+    """The other engine: vLLM in this process, fed with the cached vision tokens; its own vision tower is not even loaded.
+
+    What differs from above: vLLM batches by itself. A completion is one request for its thinking and one for its answer; the
+    second finds the first's keys and values in vLLM's prefix cache, as all completions find their prompt's. The weights
+    are a copy, and `load` brings them up to date.
+    """
+
+    def __init__(self, name, model, tokenizer, ranks, length, memory=0.5, share=False):
+        """name: of the checkpoint that model was loaded from; length: the most tokens a prompt and its completion have; memory:
+        vLLM's part of the GPU's; share: one engine over the sp ranks (tensor parallelism), else one a rank. Raises ValueError."""
+        vllm = import_vllm()
+        self.params, self.tokenizer, self.shared, self.cuda = vllm.SamplingParams, tokenizer, share and ranks.sp > 1, ranks.device != "cpu"
+        self.stops, self.banned, self.version = vlm.stop_ids(model, tokenizer), vlm.banned_ids(model, tokenizer), None
+        self.pad = model.config.video_token_id
+        # On the CPU it cannot cut the prefill of a prompt with random numbers of its own, and shares blocks of 128 tokens, longer than some prompts.
+        on_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(length, 4096), "block_size": 32}
+        try:
+            self.llm = vllm.LLM(
+                name, dtype=str(model.dtype).removeprefix("torch."), max_model_len=length, logprobs_mode="processed_logprobs", seed=0,
+                enable_mm_embeds=True, limit_mm_per_prompt={"image": 0, "video": 0}, mm_processor_cache_gb=0,  # embeddings alone
+                distributed_executor_backend="external_launcher" if ranks.world > 1 else None,         # torchrun's processes
+                tensor_parallel_size=ranks.sp if self.shared else 1, gpu_memory_utilization=memory,
+                enable_sleep_mode=self.cuda, enforce_eager=not self.cuda, **({} if self.cuda else on_cpu))
+        except (ValueError, NotImplementedError) as e:
+            raise ValueError(f"vLLM does not start on {name}: {str(e).strip().splitlines()[0]}") from e
+        self.llm.apply_model(self.watch_weights)
+
+    def watch_weights(self, inner):
+        """vLLM only warns of a weight that it was not given; after this it raises."""
+        load, names = inner.load_weights, {name for name, _ in inner.named_parameters()}
+
+        def load_all(weights):
+            given = load(weights)
+            if missing := sorted(names - given):
+                raise RuntimeError(f"vLLM was not given {', '.join(missing[:5])} ({len(missing)} in all)")
+            return given
+        inner.load_weights = load_all
+
+    def load(self, model):
+        """The model's weights as they are now; keys and values of older ones are dropped."""
+        if self.cuda and self.version is not None:
+            self.llm.wake_up()
+        version = sum(p._version for p in model.parameters())
+        if version != self.version:
+            weights = ((name, w.detach()) for name, w in model.state_dict().items() if ".visual." not in name)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self.llm.reset_prefix_cache()
+            self.llm.llm_engine.reset_encoder_cache()      # reload_weights empties the worker's; the scheduler must know
+            self.version = version
+
+    def rest(self):
+        """Give the GPU's memory to the training that follows."""
+        if self.cuda:
+            self.llm.sleep()
+
+    def write(self, rows, most, banned, greedy, stop=None):
+        """Up to `most` tokens after each row's prompt and what it has written. rows: (prompt, ids, key) each.
+        -> (ids, log-probs), lists, each"""
+        bias, requests, params = dict.fromkeys(banned.nonzero()[:, 0].tolist(), -100.0), [], []
+        for prompt, written, key in rows:
+            ids = prompt.ids.tolist()
+            at, pads = ids.index(self.pad), len(prompt.vision)                 # one pad: vLLM makes the others
+            video = {"video_embeds": prompt.vision, "video_grid_thw": torch.tensor(prompt.grids),
+                     "second_per_grid_ts": torch.tensor([prompt.seconds], dtype=torch.float64)}
+            requests.append({"prompt_token_ids": ids[:at + 1] + ids[at + pads:] + written, "multi_modal_data": {"video": video},
+                             "multi_modal_uuids": {"video": [prompt.key or encode.sha256("", prompt.vision)]}})
+            params.append(self.params(
+                temperature=0.0 if greedy else 1.0, max_tokens=most, logprobs=0, seed=int(stream(*key).integers(1 << 62)), logit_bias=bias,
+                stop_token_ids=self.stops, stop=stop, include_stop_str_in_output=True, skip_special_tokens=False, detokenize=bool(stop)))
+        said = [output.outputs[0] for output in self.llm.generate(requests, params, use_tqdm=False)]
+        return [(list(x.token_ids), [at[i].logprob for i, at in zip(x.token_ids, x.logprobs)]) for x in said]
+
+    @torch.no_grad()
+    def sample(self, prompts, keys, think_budget, answer_budget, greedy=False, banned=None, forced=FORCED):
+        """As `sample` above, with random numbers of vLLM's own, a generator for each half of each completion."""
+        banned, G = self.banned if banned is None else banned, len(keys[0])
+        forced_ids = self.tokenizer(forced, add_special_tokens=False).input_ids
+        rows = [(prompt, key) for prompt, row in zip(prompts, keys) for key in row]
+        thoughts = [([], []) for _ in rows]
+        if think_budget:
+            thoughts = self.write([(p, [], (*key, "thinks")) for p, key in rows], think_budget, banned, greedy, ["</think>"])
+        ended = [ids[-1:] != [] and ids[-1] in self.stops for ids, _ in thoughts]
+        late = [not (end or "</think>" in "".join(self.tokenizer.decode([i]) for i in ids)) for end, (ids, _) in zip(ended, thoughts)]
+        heads = [ids + forced_ids * time_up for (ids, _), time_up in zip(thoughts, late)]
+        answers = iter(self.write([(p, head, (*key, "answers")) for (p, key), head, end in zip(rows, heads, ended) if not end],
+                                  answer_budget, banned, greedy))
+        completions = []
+        for (own, logp), head, time_up, end in zip(thoughts, heads, late, ended):
+            answer, more = ([], []) if end else next(answers)
+            ids, between = head + answer, len(head) - len(own)                 # between: what was forced
+            text = self.tokenizer.decode([i for i in ids if i not in self.stops])
+            completions.append(Completion(
+                torch.tensor(ids), torch.tensor([True] * len(own) + [False] * between + [True] * len(answer)),
+                torch.tensor(logp + [0.0] * between + more), text, time_up, not end and answer[-1] not in self.stops))
+        return [completions[n * G:(n + 1) * G] for n in range(len(prompts))]
+
+
+def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=False, engine=None, **how):
     """`sample`, shared out: each sp rank samples its part of every group, and all ranks end with the whole groups.
 
     prompts: N; keys: N lists of G; max_tokens: the most prefix tokens, padding included, that are decoded at once;
-    stage2: the prefill is shared out too (every rank must have completions to sample), else each does it for itself; how: `sample`'s think_budget, answer_budget, greedy. -> N lists of G `Completion`s
+    stage2: the prefill is shared out too (every rank must have completions to sample), else each does it for itself;
+    engine: a `VLLM` to sample with; how: `sample`'s think_budget, answer_budget, greedy. -> N lists of G `Completion`s
     """
-    lo, hi = encode.shard(len(keys[0]), ranks.sp_rank, ranks.sp) if keys else (0, 0)
+    alone = ranks.sp == 1 or engine is not None and engine.shared              # an engine over all sp ranks says the same on each
+    lo, hi = (0, len(keys[0])) if keys and alone else encode.shard(len(keys[0]), ranks.sp_rank, ranks.sp) if keys else (0, 0)
     mine, at = [], 0
+    if engine and hi > lo:
+        engine.load(model)
+        mine, at = engine.sample(prompts, [row[lo:hi] for row in keys], **how), len(prompts)
+        engine.rest()
     while at < len(prompts) and hi > lo:
         n, longest = 0, 0
         while at + n < len(prompts):
@@ -197,7 +318,7 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=Fal
         mine += sample(model, tokenizer, prompts[at:at + n], [row[lo:hi] for row in keys[at:at + n]],
                        ranks=ranks if stage2 else encode.Ranks(), **how)
         at += n
-    if ranks.sp == 1:
+    if alone:
         return mine
     every = [None] * ranks.sp
     dist.all_gather_object(every, mine or [[] for _ in prompts], group=ranks.group)

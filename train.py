@@ -36,7 +36,7 @@ import grpo
 import model as vlm
 import rewards
 from curriculum import Curriculum, has_signal
-from rollout import Completion, rollout
+from rollout import VLLM, Completion, import_vllm, rollout
 
 
 @dataclass
@@ -79,6 +79,11 @@ class Config:
     loss_average: str = "sample"   # every completion the same weight, or "token": every token
     format_weight: float = 0.1     # LongVILA-R1's; 0: the answer alone, as GLM-4.1V
     warmup: int = 10               # optimizer steps of every stage over which lr rises linearly
+    # who samples: same distribution, other random numbers
+    rollout: str = "torch"         # the engine in rollout.py, or "vllm": pip install -r requirements-gpu.txt
+    vllm_length: int = 16384       # the most tokens that it makes room for, prompt and completion; longer ones are dropped
+    vllm_memory: float = 0.5       # its part of a GPU's memory while it samples, weights included
+    vllm_share: bool = False       # one engine over the sp ranks, for a model too large for one (tensor parallelism); else one each
     # looking and keeping
     eval_every: int = 20           # RL steps; also after the cold start and at the end; 0: never
     eval_samples: int = 256        # held-out samples, greedy
@@ -86,9 +91,11 @@ class Config:
     save_every: int = 40           # steps; also at the end of each stage
 
 
+MOST_GAP = {"float32": 1e-3, "bfloat16": 0.1}              # between sampler and trainer, in log-prob, on average over a step
+
 # What may differ when a run goes on: none of these changes what a step computes (sp, stage2, checkpointing, max_tokens: to float error).
-MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "checkpointing", "max_tokens", "rl_steps", "eval_every",
-              "eval_samples", "show_every", "save_every"}
+MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "checkpointing", "max_tokens", "vllm_memory",
+              "vllm_share", "rl_steps", "eval_every", "eval_samples", "show_every", "save_every"}
 
 
 def parse(arguments):
@@ -116,6 +123,8 @@ def check(c, ranks):
     """The combinations that cannot work, each named before anything is loaded."""
     if c.mode not in ("train", "eval"):
         raise ValueError(f'mode is "train" or "eval", not {c.mode!r}')
+    if c.rollout not in ("torch", "vllm"):
+        raise ValueError(f'rollout is "torch" or "vllm", not {c.rollout!r}')
     if c.dtype not in ("float32", "bfloat16"):
         raise ValueError(f'dtype is "float32" or "bfloat16", not {c.dtype!r}')
     if c.loss_average not in ("sample", "token"):
@@ -126,7 +135,7 @@ def check(c, ranks):
         raise ValueError(f"group_size = {c.group_size} is not divisible by sp = {ranks.sp}: each sp rank samples its share")
     if c.prompts_per_step % ranks.dp:
         raise ValueError(f"prompts_per_step = {c.prompts_per_step} is not divisible by the {ranks.dp} dp groups")
-    for key in ("frames", "max_tokens", "sft_batch", "prompts_per_step", "updates_per_rollout", "answer_budget", "save_every"):
+    for key in ("frames", "max_tokens", "vllm_length", "sft_batch", "prompts_per_step", "updates_per_rollout", "answer_budget", "save_every"):
         if getattr(c, key) < 1:
             raise ValueError(f"{key} = {getattr(c, key)} must be at least 1")
     for key in ("seed", "max_pixels", "think_budget", "align_steps", "sft_steps", "rl_steps", "warmup", "eval_every", "eval_samples", "show_every"):
@@ -134,7 +143,8 @@ def check(c, ranks):
             raise ValueError(f"{key} = {getattr(c, key)} must not be negative")
     if not c.cache_gb >= 0:                                # not a number, too
         raise ValueError(f"cache_gb = {c.cache_gb} must not be negative")
-    for key, most in (("lr", math.inf), ("sft_lr", math.inf), ("clip_low", 1), ("clip_high", math.inf), ("format_weight", 1)):
+    for key, most in (("lr", math.inf), ("sft_lr", math.inf), ("clip_low", 1), ("clip_high", math.inf), ("format_weight", 1),
+                      ("vllm_memory", 1)):
         if not (0 <= getattr(c, key) <= most and math.isfinite(getattr(c, key))):
             raise ValueError(f"{key} = {getattr(c, key)} must be a number from 0" + (f" to {most}" if most == 1 else " up"))
 
@@ -210,8 +220,8 @@ def make_prompts(model, tokenizer, samples, c, ranks, cache, ahead=None):
     for sample, key in zip(samples, keys):
         try:
             seen = see(model, sample.video, key, c, ranks, cache, ahead)
-            prompt = vlm.make_prompt(model, tokenizer, sample.question, *seen)
-            vlm.check_length(model, prompt, c.think_budget + c.answer_budget)
+            prompt = vlm.make_prompt(model, tokenizer, sample.question, *seen, key)
+            vlm.check_length(model, prompt, c.think_budget + c.answer_budget, c.vllm_length if c.rollout == "vllm" else None)
             made.append((sample, prompt))
         except (data.VideoError, vlm.PromptError) as e:
             dropped[sample.id] = str(e)
@@ -313,6 +323,14 @@ class Group:
     advantages: torch.Tensor   # [G]
 
 
+def check_gap(gap, c):
+    """gap: sampler against trainer, mean difference in log-prob. Raises ValueError where it is no rounding error."""
+    if not gap <= MOST_GAP[c.dtype]:
+        raise ValueError(f"sampler and trainer differ by {gap:.2g} in log-prob on average, more than {MOST_GAP[c.dtype]:g}: they are not one "
+                         "model. Likely causes: positions computed in two ways, weights that were not reloaded after an update, "
+                         "two lists of banned ids, or another precision in the sampler")
+
+
 def grpo_step(model, groups, c, ranks, banned, divisor):
     """Backward of the clipped objective over this rank's share of some groups. -> sums of metrics over its tokens.
 
@@ -344,7 +362,7 @@ def grpo_step(model, groups, c, ranks, banned, divisor):
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluation
 
-def evaluate(model, tokenizer, samples, c, ranks, cache, k=0):
+def evaluate(model, tokenizer, samples, c, ranks, cache, engine=None, k=0):
     """Greedy accuracy and format on held-out samples, per domain too; with k, pass@1 and pass@k of k sampled answers.
 
     Samples are dealt over the dp groups. One that cannot be read is dropped and counted. -> dict on every rank
@@ -354,16 +372,16 @@ def evaluate(model, tokenizer, samples, c, ranks, cache, k=0):
     made, dropped = make_prompts(model, tokenizer, [samples[i] for i in share], c, ranks, cache)
     budgets = {"think_budget": c.think_budget, "answer_budget": c.answer_budget}
     # Greedy decoding has nothing to share out in a group: each sp rank takes its own part of the prompts.
-    alone = encode.Ranks(device=ranks.device)
-    mine = made[ranks.sp_rank::ranks.sp]
-    greedy = rollout(model, tokenizer, [p for _, p in mine], [[("greedy",)] for _ in mine], alone, c.max_tokens, greedy=True, **budgets)
+    alone, together = encode.Ranks(device=ranks.device), engine is not None and engine.shared
+    mine = made if together else made[ranks.sp_rank::ranks.sp]
+    greedy = rollout(model, tokenizer, [p for _, p in mine], [[("greedy",)] for _ in mine], alone, c.max_tokens, engine=engine, greedy=True, **budgets)
     keys = [[(c.seed, "eval", s.id, n) for n in range(k)] for s, _ in mine]
-    sampled = rollout(model, tokenizer, [p for _, p in mine], keys, alone, c.max_tokens, **budgets) if k else [[] for _ in mine]
+    sampled = rollout(model, tokenizer, [p for _, p in mine], keys, alone, c.max_tokens, engine=engine, **budgets) if k else [[] for _ in mine]
     for (s, _), [x], xs in zip(mine, greedy, sampled):
         graded = rewards.score(x.text, s.answer, s.domain, c.format_weight)
         right = sum(rewards.score(y.text, s.answer, s.domain, c.format_weight).accuracy for y in xs)
         rows.append((s.domain, graded.accuracy, graded.format, x.forced, right))
-    rows = [row for part in gather(rows, ranks) for row in part]
+    rows = [row for part in gather([] if together and ranks.sp_rank else rows, ranks) for row in part]
     lost = {id: why for part in gather(dropped, ranks) for id, why in part.items()}
     if not rows:
         return {"samples": 0, "dropped": len(lost), "why": next(iter(lost.values()), "no samples are held out")}
@@ -432,6 +450,8 @@ def check_same_run(c, saved, where):
 def main(c):
     ranks = encode.start(c.sp)
     check(c, ranks)
+    if c.rollout == "vllm":
+        import_vllm()                                      # not found: say so now, not after the cold start
     say = tqdm.write if ranks.rank == 0 else lambda *_: None
     for key, value in asdict(c).items():
         if value != getattr(Config(), key):
@@ -450,7 +470,8 @@ def main(c):
 
     if c.mode == "eval":
         model, tokenizer = vlm.load(c.model, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
-        result = evaluate(model, tokenizer, held, c, ranks, cache, k=c.group_size)
+        engine = start_engine(c, c.model, model, tokenizer, ranks)
+        result = evaluate(model, tokenizer, held, c, ranks, cache, engine, c.group_size)
         if not result["samples"]:
             raise ValueError(f"no sample could be evaluated: {result['why']}")
         if ranks.rank == 0:
@@ -527,7 +548,7 @@ def main(c):
         bar = tqdm(total=steps, initial=state["done"][stage], desc=stage, disable=ranks.rank != 0, dynamic_ncols=True)
         return optimizer, curriculum, bar, range(state["done"][stage], steps)
 
-    bad_in_a_row = 0
+    bad_in_a_row, engine = 0, None
 
     def count_skipped(norm):
         nonlocal bad_in_a_row
@@ -540,7 +561,7 @@ def main(c):
         """Greedy accuracy on held-out samples, for the log."""
         if not (c.eval_every and held):
             return {}
-        result = evaluate(model, tokenizer, held, c, ranks, cache)
+        result = evaluate(model, tokenizer, held, c, ranks, cache, engine)
         if not result["samples"]:
             say(f"{stage} {step}: no held-out sample could be read ({result['why']})")
             return {}
@@ -594,8 +615,12 @@ def main(c):
     started = begin("rl", c.rl_steps, c.lr, list(by_id), "no training sample is left")
     if started:
         optimizer, curriculum, bar, todo = started
+        if c.rollout == "vllm" and made and not newest(c.out_dir):
+            keep("rl", 0, optimizer, curriculum)           # vLLM starts from a directory
+        engine = start_engine(c, newest(c.out_dir) or c.model, model, tokenizer, ranks)
         for step in todo:
-            record = rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, banned, cache, ahead, drop, count_skipped, say)
+            record = rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, banned, cache, ahead, engine, drop,
+                             count_skipped, say)
             if c.eval_every and ((step + 1) % c.eval_every == 0 or step + 1 == c.rl_steps):
                 record |= look("RL", step + 1)
             log("rl", step + 1, **record)
@@ -609,7 +634,12 @@ def main(c):
     say(f"done: {c.out_dir}/model, {c.out_dir}/metrics.jsonl, {c.out_dir}/curves.png")
 
 
-def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, banned, cache, ahead, drop, count_skipped, say):
+def start_engine(c, name, model, tokenizer, ranks):
+    """vLLM, if it is asked for, from the checkpoint that model was loaded from."""
+    return VLLM(name, model, tokenizer, ranks, c.vllm_length, c.vllm_memory, c.vllm_share) if c.rollout == "vllm" else None
+
+
+def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, banned, cache, ahead, engine, drop, count_skipped, say):
     """One step of RL: draw, encode, roll out, grade, and updates_per_rollout optimizer steps. -> what is logged"""
     clock = Clock()
 
@@ -628,7 +658,7 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
     again = {i: sum(s.id == drawn[i].id for s in drawn[:i]) for i in slots}
     keys = [[(c.seed, step, drawn[i].id, again[i] * c.group_size + n) for n in range(c.group_size)] for i in slots]
     with clock("rollout"):
-        answers = rollout(model, tokenizer, [p for _, p in made], keys, ranks, c.max_tokens, c.stage2,
+        answers = rollout(model, tokenizer, [p for _, p in made], keys, ranks, c.max_tokens, c.stage2, engine,
                           think_budget=c.think_budget, answer_budget=c.answer_budget)
     groups, stats = [], {}
     for i, (sample, prompt), xs in zip(slots, made, answers):
@@ -653,7 +683,9 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
             mine = grpo_step(model, [g for g in groups if g.slot in part], c, ranks, banned, divisor)
             every = gather(mine, ranks)
             total = {k: (max if k == "gap_max" else sum)(m[k] for m in every) for k in mine}
-            first = first or total                         # before any update the sampler is the trainer
+            if first is None:                              # before any update the sampler is the trainer
+                first = total
+                check_gap(first["gap"] / max(1.0, first["tokens"]), c)
             sums = {k: sums.get(k, 0.0) + v for k, v in total.items()}
             warm = min(1, (step * c.updates_per_rollout + u + 1) / max(1, c.warmup))
             norms.append(update(model, optimizer, c.lr * warm, ranks))

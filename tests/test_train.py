@@ -606,11 +606,11 @@ def test_a_bad_argument_is_named(argument, says):
 
 
 @pytest.mark.parametrize("how, says", [
-    (dict(mode="grad"), "mode is"), (dict(dtype="float16"), "dtype is"), (dict(loss_average="mean"), "loss_average is"),
+    (dict(mode="grad"), "mode is"), (dict(rollout="vLLM"), "rollout is"), (dict(dtype="float16"), "dtype is"), (dict(loss_average="mean"), "loss_average is"),
     (dict(group_size=1), "group_size = 1: a group needs at least 2"), (dict(group_size=0), "group_size = 0"),
     (dict(group_size=-4), "group_size = -4"), (dict(group_size=9), "group_size = 9 is not divisible by sp = 2"),
     (dict(prompts_per_step=5), "prompts_per_step = 5 is not divisible by the 3 dp groups"),
-    *[({key: 0}, f"{key} = 0 must be at least 1") for key in ("frames", "max_tokens", "sft_batch", "prompts_per_step",
+    *[({key: 0}, f"{key} = 0 must be at least 1") for key in ("frames", "max_tokens", "vllm_length", "sft_batch", "prompts_per_step",
                                                               "updates_per_rollout", "answer_budget", "save_every")],
     *[({key: -1}, f"{key} = -1 must not be negative") for key in ("think_budget", "align_steps", "sft_steps", "rl_steps", "warmup",
                                                                   "eval_every", "eval_samples", "show_every")]])
@@ -623,11 +623,60 @@ def test_what_cannot_work_is_named(how, says):
 
 
 @pytest.mark.parametrize("how", [dict(seed=-1), dict(lr=math.nan), dict(sft_lr=-1e-3), dict(clip_low=1.5), dict(clip_high=-0.1),
-                                 dict(format_weight=1.5), dict(max_pixels=-1)], ids=str)
+                                 dict(format_weight=1.5), dict(max_pixels=-1), dict(vllm_memory=1.5)], ids=str)
 def test_numbers_out_of_their_range_are_named_too(how):
     """seed = -1 made the align stage ask for videos like "toy:-9980000": all were dropped, and it trained on nothing."""
     with pytest.raises(ValueError, match=next(iter(how))):
         train.check(train.Config(**how), ALONE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the other sampler, as far as it needs no vLLM: the rest is tests/test_vllm.py
+
+@pytest.mark.parametrize("dtype, right, wrong", [("float32", 1e-4, 0.01), ("bfloat16", 0.02, 0.3), ("float32", 0.0, math.nan)])
+def test_a_sampler_that_is_not_the_trainer_ends_the_run(dtype, right, wrong):
+    """0.01 is what transformers' get_rope_index makes of a video's positions."""
+    train.check_gap(right, train.Config(dtype=dtype))
+    with pytest.raises(ValueError, match="positions.*reloaded.*banned ids.*precision") as e:
+        train.check_gap(wrong, train.Config(dtype=dtype))
+    assert "\n" not in str(e.value)
+
+
+def test_a_run_whose_sampler_has_other_positions_is_ended(run, tmp_path, monkeypatch):
+    """The bug of every trainer whose sampler places the text after a video elsewhere: here it is no slow poison but a line."""
+    def elsewhere(model, tokenizer, prompts, *rest, **how):
+        real = vlm.forward
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vlm, "forward", lambda m, layout, ids, positions, *more: real(
+                m, layout, ids, positions + (torch.arange(positions.shape[2]) > positions.shape[2] - 4), *more))
+            return rollout(model, tokenizer, prompts, *rest, **how)
+    monkeypatch.setattr(train, "rollout", elsewhere)
+    refused({**run.how, "model": run.model, "sft_steps": 0, "eval_every": 0, "out_dir": str(tmp_path / "out")}, "positions computed in two ways")
+
+
+def test_prompts_that_vllm_makes_no_room_for_are_dropped_and_counted(run, files):
+    model, tokenizer = vlm.load(run.model)
+    samples = data.load(run.how["data"])[:2]
+    length = lambda **how: train.make_prompts(model, tokenizer, samples, train.Config(**{**run.how, **how}), ALONE, encode.Cache())
+    made, _ = length(rollout="vllm")
+    most = len(made[0][1].ids) + run.how["think_budget"] + run.how["answer_budget"]
+    assert len(length(rollout="vllm", vllm_length=most)[0]) >= 1 and len(length(vllm_length=1)[0]) == 2
+    made, dropped = length(rollout="vllm", vllm_length=most - 1)
+    assert samples[0].id in dropped and f"do not fit vllm_length = {most - 1}" in dropped[samples[0].id]
+
+
+@pytest.mark.parametrize("module, says", [(None, "needs vLLM 0.32.0: pip install"), (SimpleNamespace(__version__="0.31.2"), "0.31.2 is installed")])
+def test_without_the_right_vllm_a_run_ends_before_it_begins(monkeypatch, tmp_path, module, says):
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))                    # whatever is set is unset afterwards
+    refused(dict(rollout="vllm", out_dir=str(tmp_path / "out")), says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_of_vllm_is_imported_unless_asked_for():
+    code = "import sys, train, rollout, bench; print([m for m in sys.modules if m.startswith('vllm')])"
+    assert subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,261 @@
+"""tests/vllm_cpu.sh DIR && DIR/bin/python -m pytest tests/test_vllm.py -q
+
+vLLM's real engine on the CPU, against the torch engine and the trainer. Where vLLM is not installed this file is not
+collected (conftest.py); .ci/run installs it and runs it.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import encode
+import model as vlm
+import rollout
+import train
+
+ROOT, ALONE = Path(__file__).parent.parent, encode.Ranks()
+HOW = {"think_budget": 12, "answer_budget": 6}
+VIDEOS = [(4, 4, 4, 0.5), (9, 2, 6, 1 / 3), (21, 4, 2, 2.7), (1, 6, 6, 1.0)]           # (t, h, w) in patches, seconds between frames
+
+
+def sharp_model(folder):
+    """A checkpoint whose every weight counts, and whose next token is neither certain nor anyone's guess."""
+    model, tokenizer = vlm.load("tiny")
+    noise = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=noise) * 0.05)
+        model.lm_head.weight.mul_(2)
+    vlm.save(model, tokenizer, folder)
+    return vlm.load(folder)
+
+
+def make_prompts(model, tokenizer):
+    noise = torch.Generator().manual_seed(3)
+    return [vlm.make_prompt(model, tokenizer, "How many are there?" + " red" * n, torch.randn(t * h * w // 4, 128, generator=noise), (t, h, w),
+                            seconds, f"video {n}") for n, (t, h, w, seconds) in enumerate(VIDEOS)]
+
+
+def keys(n, G, what="k"):
+    return [[(what, p, g) for g in range(G)] for p in range(n)]
+
+
+def largest_gap(model, prompts, groups, banned):
+    """Sampler against trainer, in log-prob, on the tokens that were sampled."""
+    with torch.no_grad():
+        logprobs, _ = vlm.logprobs(model, prompts, [[x.tokens for x in xs] for xs in groups], banned)
+    flat = [x for xs in groups for x in xs]
+    return max(float((row[:len(x.tokens)] - x.logprobs)[x.sampled].abs().max()) for row, x in zip(logprobs, flat) if x.sampled.any())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return sharp_model(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(ours):
+    return make_prompts(*ours)
+
+
+@pytest.fixture(scope="module")
+def engine(folder, ours):
+    return rollout.VLLM(folder, *ours, ALONE, 512)
+
+
+def both(engine, ours, prompts, **how):
+    """-> the greedy completions of vLLM and of the torch engine, one a prompt."""
+    return ([x for [x] in rollout.rollout(*ours, prompts, keys(len(prompts), 1), ALONE, engine=e, greedy=True, **how)] for e in (engine, None))
+
+
+def test_logprobs_are_the_trainers(engine, ours, prompts):
+    """Decision 3: videos of several shapes and clocks, forced halves included."""
+    groups = rollout.rollout(*ours, prompts, keys(4, 8), ALONE, engine=engine, **HOW)
+    assert [len(g) for g in groups] == [8] * 4
+    flat = [x for g in groups for x in g]
+    assert largest_gap(ours[0], prompts, groups, vlm.banned_ids(*ours)) < 1e-4
+    assert any(x.forced for x in flat) and len({tuple(x.tokens.tolist()) for x in flat}) > 16
+    assert all(len(x.tokens) == len(x.sampled) == len(x.logprobs) and not x.logprobs[~x.sampled].any() for x in flat)
+
+
+@pytest.mark.parametrize("think, answer", [(12, 6), (0, 6), (1, 1), (40, 3)])
+def test_greedy_is_the_torch_engines_forced_answers_too(engine, ours, prompts, think, answer):
+    for a, b in zip(*both(engine, ours, prompts, think_budget=think, answer_budget=answer)):
+        assert a.tokens.tolist() == b.tokens.tolist() and a.sampled.tolist() == b.sampled.tolist()
+        assert (a.text, a.forced, a.truncated) == (b.text, b.forced, b.truncated)
+        assert torch.allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+def test_banned_ids_are_never_sampled_and_the_rest_share_their_probability(engine, ours, prompts):
+    """The 20 likeliest first tokens are banned, in both engines and in the trainer."""
+    model, tokenizer = ours
+    banned = vlm.banned_ids(model, tokenizer)
+    free = rollout.rollout(model, tokenizer, prompts, keys(4, 16), ALONE, engine=engine, **HOW)
+    said = torch.cat([x.tokens[x.sampled] for g in free for x in g]).bincount(minlength=len(banned))
+    likely = said.topk(20).indices
+    banned[likely[[int(i) not in engine.stops for i in likely]]] = True
+    groups = rollout.rollout(model, tokenizer, prompts, keys(4, 16), ALONE, engine=engine, banned=banned, **HOW)
+    assert not any(banned[x.tokens[x.sampled]].any() for g in groups for x in g)
+    assert largest_gap(model, prompts, groups, banned) < 1e-4
+    assert largest_gap(model, prompts, groups, vlm.banned_ids(model, tokenizer)) > 1e-3, "the ban bites"
+
+
+def test_the_key_decides_whatever_the_batch(engine, ours, prompts):
+    def say(prompts, keys):
+        return [[x.tokens.tolist() for x in g] for g in rollout.rollout(*ours, prompts, keys, ALONE, engine=engine, **HOW)]
+    whole = say(prompts, keys(4, 4))
+    assert say(prompts[1:2], keys(4, 4)[1:2]) == whole[1:2]
+    assert say(prompts[:1], [keys(4, 4)[0][2:]]) == [whole[0][2:]]
+    assert say(prompts, keys(4, 4, "other")) != whole
+
+
+def test_the_vision_tower_is_not_there_and_the_prompt_is_prefilled_once(engine, ours, prompts, monkeypatch):
+    """The tower has no weights inside vLLM, so it cannot run. All G completions and their second halves find the prompt."""
+    [tower] = engine.llm.apply_model(lambda inner: sum(p.numel() for p in inner.visual.parameters()))
+    assert tower == 0
+    seen, generate = [], engine.llm.generate
+
+    def noted(*args, **kwargs):
+        outputs = generate(*args, **kwargs)
+        seen.append([(x.num_cached_tokens, len(x.prompt_token_ids)) for x in outputs])
+        return outputs
+    monkeypatch.setattr(engine.llm, "generate", noted)
+    with torch.no_grad():
+        ours[0].lm_head.weight.add_(0.0)                   # new weights, though the same: nothing is cached now
+    rollout.rollout(*ours, prompts[2:3], keys(1, 8), ALONE, engine=engine, **HOW)
+    (first, *others), again = seen
+    whole = len(prompts[2].ids) // 32 * 32                 # vLLM shares blocks of 32
+    assert whole >= 64 and first[0] == 0 and all(cached >= whole for cached, _ in others + again), (whole, seen)
+
+
+def test_new_weights_take_effect_and_nothing_of_the_old_ones_serves(engine, ours, prompts):
+    model, tokenizer = ours
+    kept = {n: p.detach().clone() for n, p in model.named_parameters()}
+    noise = torch.Generator().manual_seed(5)
+    old = rollout.rollout(model, tokenizer, prompts, keys(4, 4), ALONE, engine=engine, **HOW)
+    with torch.no_grad():
+        for name, p in model.model.language_model.named_parameters():
+            p.add_(torch.randn(p.shape, generator=noise) * 0.03)
+        model.lm_head.weight.add_(torch.randn(model.lm_head.weight.shape, generator=noise) * 0.03)
+    for _ in range(2):
+        groups = rollout.rollout(model, tokenizer, prompts, keys(4, 4), ALONE, engine=engine, **HOW)
+        assert largest_gap(model, prompts, groups, vlm.banned_ids(model, tokenizer)) < 1e-4
+    assert largest_gap(model, prompts, old, vlm.banned_ids(model, tokenizer)) > 1e-2
+    for a, b in zip(*both(engine, ours, prompts, **HOW)):
+        assert a.tokens.tolist() == b.tokens.tolist()
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(kept[n])
+
+
+def test_a_weight_that_does_not_arrive_ends_the_run(engine, ours):
+    model = ours[0]
+    real = model.state_dict
+
+    class Less:
+        def parameters(self):
+            return iter([torch.zeros(1)])
+
+        def state_dict(self):
+            return {n: w for n, w in real().items() if "layers.2.mlp.down" not in n}
+    with pytest.raises(RuntimeError, match="vLLM was not given .*layers.2.mlp.down_proj"):
+        engine.load(Less())
+    engine.version = None
+    engine.load(model)
+
+
+def test_positions_are_vllms_own(engine, ours):
+    """Decision 2, bit for bit: any clip, any clock, through vLLM's own function."""
+    from types import SimpleNamespace as Space
+    model, tokenizer = ours
+    draw = torch.Generator().manual_seed(0)
+    for n in range(60):
+        t, h, w = (int(torch.randint(1, most, (), generator=draw)) for most in (60, 4, 4))
+        seconds = [1 / 3, 0.1, 1 / 30, 2.0, 29.97 / 1001][n % 5] * float(torch.randint(1, 9, (), generator=draw))
+        prompt = vlm.make_prompt(model, tokenizer, "so" * n, torch.zeros(t * h * w, 128), (t, 2 * h, 2 * w), seconds)
+        at = prompt.ids.tolist().index(model.config.video_token_id)
+        feature = Space(modality="video", mm_position=Space(offset=at), data={
+            "video_grid_thw": Space(data=torch.tensor([t, 2 * h, 2 * w])),
+            "second_per_grid_ts": Space(data=torch.tensor(prompt.seconds, dtype=torch.float64))})
+        [(theirs, delta)] = engine.llm.apply_model(lambda inner: inner.get_mrope_input_positions(prompt.ids.tolist(), [feature]))
+        assert theirs.tolist() == prompt.positions.tolist(), (t, h, w, seconds)
+        assert delta == int(prompt.positions.max()) + 1 - len(prompt.ids)
+
+
+def test_an_architecture_that_vllm_lacks_is_one_line(ours, tmp_path):
+    vlm.save(*ours, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["NobodyForConditionalGeneration"], "model_type": "nobody"}))
+    with pytest.raises(ValueError, match="vLLM does not start on") as error:
+        rollout.VLLM(str(tmp_path), *ours, ALONE, 512)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two ranks: this file, run by torchrun
+
+def worker(folder, out, share):
+    ranks = encode.start(2)
+    model, tokenizer = vlm.load(folder)
+    prompts, result = make_prompts(model, tokenizer), []
+    engine = rollout.VLLM(folder, model, tokenizer, ranks, 512, share=share == "one over both")
+    for change in (0.0, 0.02):                             # before and after an update
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + change)
+        groups = rollout.rollout(model, tokenizer, prompts, keys(4, 4), ranks, engine=engine, **HOW)
+        result.append([[[x.tokens.tolist() for x in g] for g in groups], largest_gap(model, prompts, groups, vlm.banned_ids(model, tokenizer))])
+    Path(out, f"{ranks.rank}.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+def torchrun(*command, timeout=900):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("VLLM")}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command)], cwd=ROOT,
+                          env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize("share", ["one each", "one over both"])
+def test_two_ranks_end_with_the_same_groups(engine, ours, folder, prompts, tmp_path, share):
+    """An engine each samples what one rank would have sampled alone. Both are the trainer, after an update too."""
+    run = torchrun(__file__, folder, tmp_path, share)
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert [groups for groups, _ in first] == [groups for groups, _ in second]
+    assert [len(g) for groups, _ in first for g in groups] == [4] * 8 and max(gap for _, gap in first + second) < 1e-4
+    alone = rollout.rollout(*ours, prompts, keys(4, 4), ALONE, engine=engine, **HOW)
+    assert first[0][0] == [[x.tokens.tolist() for x in g] for g in alone] and first[1][0] != first[0][0]
+
+
+def test_a_run_with_vllm_learns(tmp_path):
+    """The default run on two ranks, but for a third of its RL: from what the cold start leaves to well above it, without a gap.
+    Then it thinks, and ends its thinking by itself: greedily both engines say the same, whatever the budgets."""
+    run = torchrun("train.py", "--rollout=vllm", "--rl_steps=20", "--eval_samples=128", f"--out_dir={tmp_path}/out")
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
+    before, after = [r["eval_accuracy"] for r in rows if "eval_accuracy" in r]
+    rl = [r for r in rows if r["stage"] == "rl"]
+    assert len(rl) == 20 and max(r["sampler_gap_max"] for r in rl) < 1e-4
+    assert after > before + 0.1, (before, after)
+
+    ours = vlm.load(f"{tmp_path}/out/model")
+    engine, samples = rollout.VLLM(f"{tmp_path}/out/model", *ours, ALONE, 512), data.load("toy")[:8]
+    prompts = [p for _, p in train.make_prompts(*ours, samples, train.Config(), ALONE, encode.Cache())[0]]
+    for think, answer in ((96, 16), (40, 16), (96, 2)):
+        a, b = both(engine, ours, prompts, think_budget=think, answer_budget=answer)
+        assert [x.tokens.tolist() for x in a] == [x.tokens.tolist() for x in b] and [x.text for x in a] == [x.text for x in b]
+        assert [(x.forced, x.truncated) for x in a] == [(x.forced, x.truncated) for x in b]
+
+
+if __name__ == "__main__":
+    worker(*sys.argv[1:])
