@@ -114,7 +114,8 @@ class Work:
             prompts = [self.see() for _ in parts]
         with clock("rollout"):                                                 # each prompt with keys and values of its own
             answers = rollout.rollout(self.model, self.tokenizer, prompts, [[keys[n] for n in part] for part in parts], ranks,
-                                      sum(len(p.ids) for p in prompts), a.variant == "shared+sp", self.engine, think_budget=0, answer_budget=a.completion, banned=banned, forced="")
+                                      sum(len(p.ids) for p in prompts), a.variant == "shared+sp", self.engine, think_budget=0,
+                                      answer_budget=a.completion, banned=banned, forced="")
         for part, prompt, completions in zip(parts, prompts, answers):
             with clock("encode"):
                 prompt = self.see() if a.variant == "naive" else prompt

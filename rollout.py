@@ -211,7 +211,8 @@ class VLLM:
         self.params, self.tokenizer, self.shared, self.cuda = vllm.SamplingParams, tokenizer, share and ranks.sp > 1, ranks.device != "cpu"
         self.stops, self.banned, self.version = vlm.stop_ids(model, tokenizer), vlm.banned_ids(model, tokenizer), None
         self.pad = model.config.video_token_id
-        # On the CPU it cannot cut the prefill of a prompt with random numbers of its own, and shares blocks of 128 tokens, longer than some prompts.
+        # On the CPU it cannot cut up the prefill of a prompt that has random numbers of its own, and would share blocks of
+        # 128 tokens, more than some prompts have.
         on_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(length, 4096), "block_size": 32}
         try:
             self.llm = vllm.LLM(
@@ -278,7 +279,7 @@ class VLLM:
         thoughts = [([], []) for _ in rows]
         if think_budget:
             thoughts = self.write([(p, [], (*key, "thinks")) for p, key in rows], think_budget, banned, greedy, ["</think>"])
-        ended = [ids[-1:] != [] and ids[-1] in self.stops for ids, _ in thoughts]
+        ended = [bool(ids) and ids[-1] in self.stops for ids, _ in thoughts]
         late = [not (end or "</think>" in "".join(self.tokenizer.decode([i]) for i in ids)) for end, (ids, _) in zip(ended, thoughts)]
         heads = [ids + forced_ids * time_up for (ids, _), time_up in zip(thoughts, late)]
         answers = iter(self.write([(p, head, (*key, "answers")) for (p, key), head, end in zip(rows, heads, ended) if not end],
@@ -302,21 +303,20 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=Fal
     engine: a `VLLM` to sample with; how: `sample`'s think_budget, answer_budget, greedy. -> N lists of G `Completion`s
     """
     alone = ranks.sp == 1 or engine is not None and engine.shared              # an engine over all sp ranks says the same on each
-    lo, hi = (0, len(keys[0])) if keys and alone else encode.shard(len(keys[0]), ranks.sp_rank, ranks.sp) if keys else (0, 0)
-    mine, at = [], 0
-    if engine and hi > lo:
+    lo, hi = (0, None) if alone else encode.shard(len(keys[0]) if keys else 0, ranks.sp_rank, ranks.sp)
+    mine, keys, at = [], [row[lo:hi] for row in keys], 0
+    if engine and any(keys):
         engine.load(model)
-        mine, at = engine.sample(prompts, [row[lo:hi] for row in keys], **how), len(prompts)
+        mine = engine.sample(prompts, keys, **how)
         engine.rest()
-    while at < len(prompts) and hi > lo:
+    while at < len(prompts) and any(keys) and not engine:
         n, longest = 0, 0
         while at + n < len(prompts):
             longest = max(longest, len(prompts[at + n].ids))
             if n and (n + 1) * longest > max_tokens:
                 break
             n += 1
-        mine += sample(model, tokenizer, prompts[at:at + n], [row[lo:hi] for row in keys[at:at + n]],
-                       ranks=ranks if stage2 else encode.Ranks(), **how)
+        mine += sample(model, tokenizer, prompts[at:at + n], keys[at:at + n], ranks=ranks if stage2 else encode.Ranks(), **how)
         at += n
     if alone:
         return mine

@@ -370,13 +370,13 @@ def evaluate(model, tokenizer, samples, c, ranks, cache, engine=None, k=0):
     rows, made, dropped = [], [], {}
     share = list(range(ranks.dp_rank, len(samples), ranks.dp))
     made, dropped = make_prompts(model, tokenizer, [samples[i] for i in share], c, ranks, cache)
-    budgets = {"think_budget": c.think_budget, "answer_budget": c.answer_budget}
+    how = {"engine": engine, "think_budget": c.think_budget, "answer_budget": c.answer_budget}
     # Greedy decoding has nothing to share out in a group: each sp rank takes its own part of the prompts.
     alone, together = encode.Ranks(device=ranks.device), engine is not None and engine.shared
     mine = made if together else made[ranks.sp_rank::ranks.sp]
-    greedy = rollout(model, tokenizer, [p for _, p in mine], [[("greedy",)] for _ in mine], alone, c.max_tokens, engine=engine, greedy=True, **budgets)
+    greedy = rollout(model, tokenizer, [p for _, p in mine], [[("greedy",)] for _ in mine], alone, c.max_tokens, greedy=True, **how)
     keys = [[(c.seed, "eval", s.id, n) for n in range(k)] for s, _ in mine]
-    sampled = rollout(model, tokenizer, [p for _, p in mine], keys, alone, c.max_tokens, engine=engine, **budgets) if k else [[] for _ in mine]
+    sampled = rollout(model, tokenizer, [p for _, p in mine], keys, alone, c.max_tokens, **how) if k else [[] for _ in mine]
     for (s, _), [x], xs in zip(mine, greedy, sampled):
         graded = rewards.score(x.text, s.answer, s.domain, c.format_weight)
         right = sum(rewards.score(y.text, s.answer, s.domain, c.format_weight).accuracy for y in xs)
