@@ -5,7 +5,8 @@ Teach a vision-language model to reason about long videos. One script, from one 
   your own videos         torchrun --standalone --nproc_per_node=2 train.py --data=my/questions.jsonl --out_dir=out-my
   one box of 8 GPUs       torchrun --standalone --nproc_per_node=8 train.py --model=Qwen/Qwen2.5-VL-3B-Instruct \\
                               --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos --frames=256 \\
-                              --dtype=bfloat16 --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 --answer_budget=256
+                              --dtype=bfloat16 --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 --answer_budget=256 \\
+                              --stage2=true --checkpointing=true --rollout=vllm
   two such boxes          the same on each, with --nnodes=2 --node_rank=0 (1 on the other) --master_addr=FIRST_BOX
                               --master_port=29500 in place of --standalone
   look at a result        python train.py --mode=eval --model=out/model

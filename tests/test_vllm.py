@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import data
 import encode
@@ -190,6 +191,25 @@ def test_positions_are_vllms_own(engine, ours):
         [(theirs, delta)] = engine.llm.apply_model(lambda inner: inner.get_mrope_input_positions(prompt.ids.tolist(), [feature]))
         assert theirs.tolist() == prompt.positions.tolist(), (t, h, w, seconds)
         assert delta == int(prompt.positions.max()) + 1 - len(prompt.ids)
+
+
+def test_tied_embeddings_as_the_3b_has_them(ours, tmp_path):
+    """Its head has no weights of its own, and none may be missed; after an update both sides have the new ones."""
+    vlm.save(*ours, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    model, tokenizer = vlm.load(str(tmp_path))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    engine, prompts = rollout.VLLM(str(tmp_path), model, tokenizer, ALONE, 512), make_prompts(model, tokenizer)
+    for _ in range(2):
+        groups = rollout.rollout(model, tokenizer, prompts, keys(4, 4), ALONE, engine=engine, **HOW)
+        assert largest_gap(model, prompts, groups, vlm.banned_ids(model, tokenizer)) < 1e-4
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.1)
 
 
 def test_an_architecture_that_vllm_lacks_is_one_line(ours, tmp_path):
