@@ -184,8 +184,7 @@ def one_rank(rank, a, port, results):
             results.put(row)
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
         results.put(str(e))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    rollout.leave()
 
 
 def run_row(a):

@@ -295,6 +295,14 @@ class VLLM:
         return [completions[n * G:(n + 1) * G] for n in range(len(prompts))]
 
 
+def leave():
+    """End this process's groups. vLLM would look for its own at exit, and complain that they are gone: it ends them all."""
+    if "vllm" in sys.modules:
+        sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
+    elif dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=False, engine=None, **how):
     """`sample`, shared out: each sp rank samples its part of every group, and all ranks end with the whole groups.
 

@@ -37,7 +37,7 @@ import grpo
 import model as vlm
 import rewards
 from curriculum import Curriculum, has_signal
-from rollout import VLLM, Completion, import_vllm, rollout
+from rollout import VLLM, Completion, import_vllm, leave, rollout
 
 
 @dataclass
@@ -757,5 +757,4 @@ if __name__ == "__main__":
         print(file=sys.stderr)                             # off the line of a progress bar
         sys.exit(f"train.py: {e}")
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
