@@ -385,13 +385,14 @@ def one_step_of_each_kind(ranks, checkpoint, questions):
 
 
 def worker(checkpoint, questions, folder, *arguments):
-    """What each of two ranks does, with sp = 2 and with sp = 1: the steps above, then two steps of RL by train.main.
+    """What each of two ranks does, with sp = 2 and with sp = 1: the steps above, then two steps of RL by train.main, and grading.
     At last the sequence sharded too, in a run that begins with that checkpoint."""
     for sp in (2, 1):
         result = one_step_of_each_kind(encode.start(sp), checkpoint, questions)
         if int(os.environ["RANK"]) == 0:
             torch.save(result, os.path.join(folder, f"steps{sp}.pt"))
         train.main(train.parse([*arguments, f"--sp={sp}", f"--out_dir={folder}/out{sp}"]))
+        train.main(train.parse([*arguments, *flags(mode="grade", model=checkpoint, sp=sp, out_dir=f"{folder}/graded{sp}")]))
     train.main(train.parse([*arguments, *flags(**SHORT, model=checkpoint, sp=2, stage2="true", out_dir=f"{folder}/sharded")]))
     torch.distributed.destroy_process_group()
 
@@ -417,6 +418,7 @@ def ranks(run, files, tmp_path_factory):
     two = torchrun(run.model, files.data, str(folder), *more, script=os.path.abspath(__file__))
     steps = one_step_of_each_kind(ALONE, run.model, files.data)
     train.main(train.parse([*more, f"--out_dir={folder / 'out0'}"]))
+    train.main(train.parse([*more, *flags(mode="grade", model=run.model, out_dir=folder / "graded0")]))
     two = ended(two)
     assert two.code == 0, two.err
     return SimpleNamespace(folder=folder, alone=steps, **{f"sp{sp}": torch.load(folder / f"steps{sp}.pt") for sp in (2, 1)})
@@ -444,6 +446,12 @@ def test_a_run_goes_on_the_same_with_other_ranks(ranks, sp):
     assert sum(r["valid_groups"] for r in one) > 1
     close(one[:1], two[:1], 1e-5)
     close(one[1:], two[1:], 1e-3)
+
+
+@pytest.mark.parametrize("sp", [2, 1])
+def test_two_ranks_write_the_grades_of_one(ranks, sp):
+    one, two = ((ranks.folder / f"graded{n}" / "grades.jsonl").read_text() for n in (0, sp))
+    assert one == two and one.count("\n") == 12
 
 
 def test_a_sharded_sequence_changes_nothing(ranks, short):
