@@ -10,6 +10,7 @@ Teach a vision-language model to reason about long videos. One script, from one 
   two such boxes          the same on each, with --nnodes=2 --node_rank=0 (1 on the other) --master_addr=FIRST_BOX
                               --master_port=29500 in place of --standalone
   look at a result        python train.py --mode=eval --model=out/model
+  know what is hard       python train.py --mode=grade --model=out/model --out_dir=out, then train with --grades=out/grades.jsonl
 
 Three stages, as in the papers: align (only for a model made from nothing: it learns to see, then its tower is frozen),
 cold start (it learns to write its thinking down, from a teacher), RL (its own answers, verified, make it right).
@@ -36,7 +37,7 @@ import encode
 import grpo
 import model as vlm
 import rewards
-from curriculum import Curriculum, has_signal
+from curriculum import Curriculum, balanced, grade_line, has_signal, read_grades
 from rollout import VLLM, Completion, import_vllm, leave, rollout
 
 
@@ -50,7 +51,8 @@ class Config:
     cache_dir: str = ""            # vision tokens on disk, for other runs and restarts; empty: in memory alone
     cache_gb: float = 4.0          # of vision tokens in each rank's memory
     out_dir: str = "out"           # checkpoints, metrics.jsonl, curves.png; a run found here goes on
-    mode: str = "train"            # "train", or "eval": greedy accuracy and pass@k of `model`, one JSON line last
+    mode: str = "train"            # "train"; "eval": greedy accuracy and pass@k of `model`, one JSON line last; or "grade": how many
+                                   # of group_size answers of `model` are right, for each training sample, to out_dir/grades.jsonl
     seed: int = 0                  # all randomness is a function of seed, step, sample and completion number
     # where
     sp: int = 0                    # ranks that share one video; 0: all of this machine; 1: none share
@@ -71,6 +73,9 @@ class Config:
     rl_steps: int = 60
     prompts_per_step: int = 24     # groups a step over all ranks
     group_size: int = 8            # G, completions a group
+    oversample_cap: float = 8.0    # at most so many times prompts_per_step are asked, to train on that many groups with signal; 1: off
+    tiers: bool = True             # questions half right are asked more often than the easy and the hopeless; false: all alike
+    grades: str = ""               # a grades.jsonl of --mode=grade: how hard each question is, before it was ever asked
     updates_per_rollout: int = 2   # optimizer steps over disjoint groups of one rollout; with 1 the clip never acts
     think_budget: int = 96         # tokens; then </think><answer> is written for the model
     answer_budget: int = 16        # tokens after that
@@ -122,8 +127,8 @@ def parse(arguments):
 
 def check(c, ranks):
     """The combinations that cannot work, each named before anything is loaded."""
-    if c.mode not in ("train", "eval"):
-        raise ValueError(f'mode is "train" or "eval", not {c.mode!r}')
+    if c.mode not in ("train", "eval", "grade"):
+        raise ValueError(f'mode is "train", "eval" or "grade", not {c.mode!r}')
     if c.rollout not in ("torch", "vllm"):
         raise ValueError(f'rollout is "torch" or "vllm", not {c.rollout!r}')
     if c.dtype not in ("float32", "bfloat16"):
@@ -142,6 +147,8 @@ def check(c, ranks):
     for key in ("seed", "max_pixels", "think_budget", "align_steps", "sft_steps", "rl_steps", "warmup", "eval_every", "eval_samples", "show_every"):
         if getattr(c, key) < 0:
             raise ValueError(f"{key} = {getattr(c, key)} must not be negative")
+    if not 1 <= c.oversample_cap < math.inf:
+        raise ValueError(f"oversample_cap = {c.oversample_cap} must be a number from 1 up")
     if not c.cache_gb >= 0:                                # not a number, too
         raise ValueError(f"cache_gb = {c.cache_gb} must not be negative")
     for key, most in (("lr", math.inf), ("sft_lr", math.inf), ("clip_low", 1), ("clip_high", math.inf), ("format_weight", 1),
@@ -396,6 +403,45 @@ def evaluate(model, tokenizer, samples, c, ranks, cache, engine=None, k=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# grading: how hard is each question for a model, before training (GLM-4.1V §5.3: offline pass@k)
+
+def grade(model, tokenizer, samples, c, ranks, cache, engine, say):
+    """Sample group_size answers to every sample that out_dir/grades.jsonl does not have yet, and add a line for each.
+
+    prompts_per_step samples at a time are dealt over the dp groups; one that cannot be read is named and gets no line.
+    """
+    path, name = os.path.join(c.out_dir, "grades.jsonl"), os.path.realpath(c.model) if os.path.isdir(c.model) else c.model
+    done = read_grades(path, samples, name) if os.path.exists(path) else {}
+    gather(None, ranks)                                    # all have read it before rank 0 writes
+    if ranks.rank == 0:
+        os.makedirs(c.out_dir, exist_ok=True)
+        if os.path.exists(path):                           # a line that was being written when the last run was killed
+            with open(path, "rb+") as f:
+                f.truncate(f.read().rfind(b"\n") + 1)
+    todo, lost = [s for s in samples if s.id not in done], 0
+    bar = tqdm(total=len(samples), initial=len(done), desc="grade", disable=ranks.rank != 0, dynamic_ncols=True)
+    for at in range(0, len(todo), c.prompts_per_step):
+        part = todo[at:at + c.prompts_per_step]
+        made, dropped = make_prompts(model, tokenizer, part[ranks.dp_rank::ranks.dp], c, ranks, cache)
+        keys = [[(c.seed, "grade", s.id, n) for n in range(c.group_size)] for s, _ in made]
+        answers = rollout(model, tokenizer, [p for _, p in made], keys, ranks, c.max_tokens, c.stage2, engine,
+                          think_budget=c.think_budget, answer_budget=c.answer_budget)
+        right = {s.id: sum(rewards.score(x.text, s.answer, s.domain, c.format_weight).accuracy for x in xs) for (s, _), xs in zip(made, answers)}
+        right, dropped = ({id: x for one in gather(mine, ranks) for id, x in one.items()} for mine in (right, dropped))
+        for id, why in dropped.items():
+            say(f"not graded {id}: {why}")
+        lost += len(dropped)
+        if ranks.rank == 0:
+            with open(path, "a", encoding="utf-8") as f:
+                f.writelines(grade_line(s, right[s.id], c.group_size, name) for s in part if s.id in right)
+        done |= {id: [x, c.group_size] for id, x in right.items()}
+        bar.update(len(part))
+    bar.close()
+    counts = Curriculum([s.id for s in samples if s.id in done], c.seed, done).census()[0]
+    say(f"{path}: {len(done)} graded, {lost} not; hard to easy, in five tiers: {', '.join(map(str, counts))}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
 def newest(out_dir):
@@ -467,6 +513,7 @@ def main(c):
         if s.domain not in rewards.VERIFIERS:
             raise ValueError(f"sample {s.id}: no verifier for domain {s.domain!r}; there are: {', '.join(rewards.VERIFIERS)}")
     by_id = {s.id: s for s in train}
+    grades = read_grades(c.grades, samples) if c.grades else {}
     cache, ahead = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write), data.Ahead(c.frames)
 
     if c.mode == "eval":
@@ -477,6 +524,11 @@ def main(c):
             raise ValueError(f"no sample could be evaluated: {result['why']}")
         if ranks.rank == 0:
             print(json.dumps(result), flush=True)
+        return
+
+    if c.mode == "grade":
+        model, tokenizer = vlm.load(c.model, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
+        grade(model, tokenizer, train, c, ranks, cache, start_engine(c, c.model, model, tokenizer, ranks), say)
         return
 
     # Load: from the newest checkpoint of this run, or else from the start.
@@ -542,7 +594,7 @@ def main(c):
             say(f"{stage}: skipped, {why_none}")
             return None
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, (0.9, 0.95), weight_decay=0.0)
-        curriculum = Curriculum(ids, f"{c.seed} {stage}")
+        curriculum = Curriculum(ids, f"{c.seed} {stage}", *((grades, c.tiers) if stage == "rl" else ()))
         if state["done"][stage]:
             optimizer.load_state_dict(state["optimizer"])
             curriculum.load_state_dict(state["curriculum"])
@@ -644,15 +696,17 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
     """One step of RL: draw, encode, roll out, grade, and updates_per_rollout optimizer steps. -> what is logged"""
     clock = Clock()
 
-    # Draw. Every rank knows all the draws; each dp group works on its own.
-    drawn = [by_id[id] for id in curriculum.draw(c.prompts_per_step)]
+    # Draw, as many more as lately had no signal. Every rank knows all the draws; each dp group works on its own.
+    multiple = math.lcm(math.gcd(2, c.prompts_per_step), ranks.dp)             # even, if it can be: one rank and two draw the same
+    asked = curriculum.expanded(c.prompts_per_step, multiple)
+    drawn = [by_id[id] for id in curriculum.draw(asked)]
     slots = range(ranks.dp_rank, len(drawn), ranks.dp)
     with clock("encode"):
         made, dropped = make_prompts(model, tokenizer, [drawn[i] for i in slots], c, ranks, cache, ahead)
     slots = [i for i in slots if drawn[i].id not in dropped]
     drop(curriculum, dropped)
     if step + 1 < c.rl_steps:
-        coming = [by_id[id] for id in curriculum.peek(c.prompts_per_step)]
+        coming = [by_id[id] for id in curriculum.peek(asked)]
         read_ahead(ahead, model, coming[ranks.dp_rank::ranks.dp], c, ranks, cache)
 
     # Roll out and grade. A sample drawn twice in a step gets other random numbers the second time.
@@ -671,7 +725,12 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
     accuracies = {i: [row[1] for row in rows] for i, rows in sorted(stats.items())}
     for i, a in accuracies.items():
         curriculum.update(drawn[i].id, sum(a), len(a))
-    valid = [i for i, a in accuracies.items() if has_signal(a)]
+    valid = balanced(accuracies, c.prompts_per_step)
+    signal = sum(map(has_signal, accuracies.values()))
+    capped = curriculum.note_valid(signal, len(accuracies), c.oversample_cap) and c.oversample_cap > 1
+    if capped or c.oversample_cap > 1 and 4 * len(valid) < 3 * c.prompts_per_step:         # a few too few is chance
+        say(f"RL {step + 1}: {len(valid)} groups to learn from, {c.prompts_per_step} wanted; {signal} of {len(accuracies)} had signal"
+            + (f", so few that oversample_cap = {c.oversample_cap:g} binds" if capped else ""))
 
     # Learn: disjoint groups in each optimizer step; the divisors are those of the whole step over all ranks.
     sums, norms, skipped, first = {}, [], 0, None
@@ -705,7 +764,8 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
     return {**{k: mean([float(row[n]) for row in rows]) for n, k in
                ((0, "reward"), (1, "accuracy"), (2, "format"), (3, "length"), (5, "forced"), (6, "truncated"))},
             "entropy": sums.get("entropy", 0.0) / tokens, "clip_low": sums.get("clip_low", 0.0) / tokens,
-            "clip_high": sums.get("clip_high", 0.0) / tokens, "valid_groups": len(valid), "oversample": 1.0,
+            "clip_high": sums.get("clip_high", 0.0) / tokens, "valid_groups": len(valid),
+            "oversample": asked / c.prompts_per_step, "invalid_rate": 1 - signal / len(accuracies) if accuracies else 0.0,
             "sampler_gap": first["gap"] / max(1.0, first["tokens"]) if first else 0.0,
             "sampler_gap_max": first["gap_max"] if first else 0.0, "skipped": skipped, "dropped": len(curriculum.dropped),
             "grad_norm": mean(norms), **{f"{k}_s": round(v, 4) for k, v in clock.seconds.items()}}

@@ -160,6 +160,11 @@ def write(path, *records):
     return str(path)
 
 
+def write_text(path, text):
+    path.write_text(text)
+    return str(path)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """As torchrun has it. The models here are too small to share out."""
@@ -251,7 +256,8 @@ def test_bad_videos_are_dropped_named_counted_and_not_replaced(run, files):
     curriculum = torch.load(os.path.join(run.model, "training_state.pt"), weights_only=False)["curriculum"]
     assert set(curriculum["dropped"]) == {"gone", "text"} and set(curriculum["history"]) == {f"q{i}" for i in range(12)}
     answers = sum(total for _, total in curriculum["history"].values())
-    assert answers == SMALL["group_size"] * (SMALL["rl_steps"] * SMALL["prompts_per_step"] - 2)   # two draws bore nothing
+    asked = sum(r["oversample"] for r in metrics(run.dir, "rl")) * SMALL["prompts_per_step"]
+    assert answers == SMALL["group_size"] * (asked - 2)                             # two draws bore nothing
 
 
 def test_the_checkpoint_is_what_transformers_loads(run):
@@ -379,13 +385,14 @@ def one_step_of_each_kind(ranks, checkpoint, questions):
 
 
 def worker(checkpoint, questions, folder, *arguments):
-    """What each of two ranks does, with sp = 2 and with sp = 1: the steps above, then two steps of RL by train.main.
+    """What each of two ranks does, with sp = 2 and with sp = 1: the steps above, then two steps of RL by train.main, and grading.
     At last the sequence sharded too, in a run that begins with that checkpoint."""
     for sp in (2, 1):
         result = one_step_of_each_kind(encode.start(sp), checkpoint, questions)
         if int(os.environ["RANK"]) == 0:
             torch.save(result, os.path.join(folder, f"steps{sp}.pt"))
         train.main(train.parse([*arguments, f"--sp={sp}", f"--out_dir={folder}/out{sp}"]))
+        train.main(train.parse([*arguments, *flags(mode="grade", model=checkpoint, sp=sp, out_dir=f"{folder}/graded{sp}")]))
     train.main(train.parse([*arguments, *flags(**SHORT, model=checkpoint, sp=2, stage2="true", out_dir=f"{folder}/sharded")]))
     torch.distributed.destroy_process_group()
 
@@ -411,6 +418,7 @@ def ranks(run, files, tmp_path_factory):
     two = torchrun(run.model, files.data, str(folder), *more, script=os.path.abspath(__file__))
     steps = one_step_of_each_kind(ALONE, run.model, files.data)
     train.main(train.parse([*more, f"--out_dir={folder / 'out0'}"]))
+    train.main(train.parse([*more, *flags(mode="grade", model=run.model, out_dir=folder / "graded0")]))
     two = ended(two)
     assert two.code == 0, two.err
     return SimpleNamespace(folder=folder, alone=steps, **{f"sp{sp}": torch.load(folder / f"steps{sp}.pt") for sp in (2, 1)})
@@ -438,6 +446,12 @@ def test_a_run_goes_on_the_same_with_other_ranks(ranks, sp):
     assert sum(r["valid_groups"] for r in one) > 1
     close(one[:1], two[:1], 1e-5)
     close(one[1:], two[1:], 1e-3)
+
+
+@pytest.mark.parametrize("sp", [2, 1])
+def test_two_ranks_write_the_grades_of_one(ranks, sp):
+    one, two = ((ranks.folder / f"graded{n}" / "grades.jsonl").read_text() for n in (0, sp))
+    assert one == two and one.count("\n") == 12
 
 
 def test_a_sharded_sequence_changes_nothing(ranks, short):
@@ -558,7 +572,8 @@ def test_a_step_without_signal_is_skipped_and_says_so(run, tmp_path, capsys):
 def test_a_step_all_of_whose_videos_are_bad_is_empty_and_the_run_goes_on(run, tmp_path, capsys):
     path = write(tmp_path / "q.jsonl", question(0), question(1, id="gone", video="missing.mp4"))
     out = str(tmp_path / "out")
-    how = {**run.how, "model": run.model, "data": path, "sft_steps": 0, "rl_steps": 3, "prompts_per_step": 1, "out_dir": out}
+    how = {**run.how, "model": run.model, "data": path, "sft_steps": 0, "rl_steps": 3, "prompts_per_step": 1, "oversample_cap": 1,
+           "out_dir": out}
     alone(**how)
     rows, said = metrics(out, "rl"), capsys.readouterr().out
     assert [r["dropped"] for r in rows][-1] == 1 and sum(r["length"] == 0 for r in rows) == 1 and said.count("dropped gone: ") == 1
@@ -574,6 +589,76 @@ def test_eval_prints_one_line_of_json_last(run, files, tmp_path, capsys):
     assert (result["samples"], result["dropped"]) == (4, 1) and set(result["domains"]) == {"choice", "count"}
     assert result["domains"]["count"] == 0 and result["accuracy"] == pytest.approx(result["domains"]["choice"] * 3 / 4)
     assert result["pass@1"] <= result["pass@4"] <= 0.75 and not os.path.exists(tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# curriculum sampling
+
+def test_as_many_more_are_asked_as_the_last_steps_say(run):
+    """The logged ratio is the average, as the invalid rates of the steps before set it, of an even number of prompts."""
+    ratio, n = 1.0, SMALL["prompts_per_step"]
+    for r in metrics(run.dir, "rl"):
+        assert r["oversample"] == 2 * math.ceil((n * ratio - 0.01) / 2) / n
+        assert r["valid_groups"] <= round((1 - r["invalid_rate"]) * n * r["oversample"])
+        ratio += 0.1 * (min(8, 1 / max(1e-9, 1 - r["invalid_rate"])) - ratio)
+    curriculum = torch.load(os.path.join(run.model, "training_state.pt"), weights_only=False)["curriculum"]
+    assert curriculum["ratio"] == pytest.approx(ratio) and ratio > 1
+    assert any(r["oversample"] > 1 for r in metrics(run.dir, "rl"))
+
+
+@pytest.mark.parametrize("cap", [4.0, 1.0])
+def test_a_step_trains_on_the_balanced_groups_and_notes_them_all(run, tmp_path, monkeypatch, capsys, cap):
+    """Half of the questions have no right answer. Kept are at most prompts_per_step groups, all others are noted too; what
+    the cap does to the ratio is said; with a cap of 1 nothing is asked beyond prompts_per_step, and nothing is said."""
+    trained, out = [], str(tmp_path / "out")
+    step = train.grpo_step
+    monkeypatch.setattr(train, "grpo_step", lambda model, groups, *a: trained.append([g.sample.id for g in groups]) or step(model, groups, *a))
+    path = write(tmp_path / "q.jsonl", *[question(i, answer="Z" if i < 9 else "A") for i in range(12)])
+    alone(**{**run.how, "model": run.model, "data": path, "sft_steps": 0, "rl_steps": 6, "eval_every": 0, "prompts_per_step": 2,
+             "updates_per_rollout": 1, "oversample_cap": cap, "out_dir": out})
+    rows, said = metrics(out, "rl"), capsys.readouterr().out
+    assert (max(r["oversample"] for r in rows) > 1) == (cap > 1) == ("groups to learn from, 2 wanted" in said)
+    assert ("oversample_cap = 4 binds" in said) == (cap > 1 and any(r["invalid_rate"] > 0.75 for r in rows))
+    assert [len(ids) for ids in trained] == [r["valid_groups"] for r in rows if r["valid_groups"]] and max(map(len, trained)) <= 2
+    assert not {f"q{i}" for i in range(9)} & {id for ids in trained for id in ids}
+    history = torch.load(os.path.join(out, "model", "training_state.pt"), weights_only=False)["curriculum"]["history"]
+    assert sum(total for _, total in history.values()) == SMALL["group_size"] * 2 * sum(r["oversample"] for r in rows)
+
+
+def test_grades_are_written_once_and_set_the_tiers(run, files, tmp_path, capsys, monkeypatch):
+    """Stopped in the middle of a line and started again, --mode=grade does what is missing, to the same file. In training it
+    is what the curriculum knows at first; other data, another model, or a line that is no grade are refused."""
+    folder, out = tmp_path / "grades", str(tmp_path / "out")
+    path, how = str(folder / "grades.jsonl"), {**run.how, "mode": "grade", "model": run.model, "out_dir": folder}
+    alone(**how)
+    said = capsys.readouterr().out
+    assert all(f"not graded {id}: " in said for id in ("gone", "text")) and "12 graded, 2 not" in said
+    text = open(path).read()
+    rows = {r["id"]: r for r in map(json.loads, text.splitlines())}
+    assert set(rows) == {f"q{i}" for i in range(12)} and text.count("\n") == 12
+    assert all(r["total"] == 4 and 0 <= r["correct"] <= 4 for r in rows.values()) and len({r["correct"] for r in rows.values()}) > 1
+    with open(path, "w") as f:
+        f.write("\n".join(text.split("\n")[:5]) + '\n{"id": "q')
+    asked = []
+    monkeypatch.setattr(train, "rollout", lambda m, t, prompts, *a, **k: asked.extend(prompts) or rollout(m, t, prompts, *a, **k))
+    alone(**how)
+    assert open(path).read() == text and len(asked) == 7
+
+    monkeypatch.undo()
+    train_on = {**run.how, "model": run.model, "sft_steps": 0, "rl_steps": 1, "eval_every": 0, "out_dir": out, "grades": path}
+    given, real = [], train.Curriculum
+    monkeypatch.setattr(train, "Curriculum", lambda *a: given.append(a) or real(*a))
+    alone(**train_on)
+    assert given[-1][2] == {id: [r["correct"], 4.0] for id, r in rows.items()} and given[-1][3] is True
+    other = write(tmp_path / "other.jsonl", *[question(i, answer="B") for i in range(12)])
+    refused({**train_on, "data": other, "out_dir": f"{out}-2"}, path, "line 1", "other data")
+    refused({**train_on, "data": write(tmp_path / "few.jsonl", question(1)), "out_dir": f"{out}-2"}, path, "other data", "'q0'")
+    refused({**train_on, "grades": str(tmp_path / "none.jsonl"), "out_dir": f"{out}-2"}, "none.jsonl: no such file")
+    refused({**how, "model": "tiny"}, path, "line 1: graded by", "not 'tiny'")
+    for bad in ('{"id": "q0", "correct": 5, "total": 4}', '{"id": "q0"}', "[]", '{"id": ["q0"], "correct": NaN, "total": 4}', "oops"):
+        refused({**train_on, "grades": write_text(tmp_path / "bad.jsonl", bad + "\n"), "out_dir": f"{out}-2"}, "bad.jsonl, line 1: expected")
+    plain = write_text(tmp_path / "plain.jsonl", '{"id": "q0", "correct": 1, "total": 8}\n{"id": "q0", "correct": 2.5, "total": 8}\n')
+    assert train.read_grades(plain, data.load(files.data)) == {"q0": [3.5, 16.0]}                 # several models, by any other tool
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -610,6 +695,7 @@ def test_a_bad_argument_is_named(argument, says):
     (dict(group_size=1), "group_size = 1: a group needs at least 2"), (dict(group_size=0), "group_size = 0"),
     (dict(group_size=-4), "group_size = -4"), (dict(group_size=9), "group_size = 9 is not divisible by sp = 2"),
     (dict(prompts_per_step=5), "prompts_per_step = 5 is not divisible by the 3 dp groups"),
+    *[(dict(oversample_cap=cap), "oversample_cap = ") for cap in (0.9, -1.0, math.nan, math.inf)],
     *[({key: 0}, f"{key} = 0 must be at least 1") for key in ("frames", "max_tokens", "vllm_length", "sft_batch", "prompts_per_step",
                                                               "updates_per_rollout", "answer_budget", "save_every")],
     *[({key: -1}, f"{key} = -1 must not be negative") for key in ("think_budget", "align_steps", "sft_steps", "rl_steps", "warmup",
