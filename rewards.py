@@ -1,8 +1,8 @@
 """
 Did the answer come out right? One small verifier a domain, and one check of the form. No model judges, unless yours does.
 
+An answer is one thing said plainly: a range, a second guess or the options copied could be right of anything, and are wrong.
 The tags are looked for in decoded text: in most tokenizers they are several tokens that merge with their neighbours.
-An answer is one thing said plainly. A range, a second guess or the options copied are wrong everywhere: they could be right of anything.
 """
 import math as m
 import re
@@ -30,8 +30,7 @@ class Reward:
 
 
 def extract_answer(text):
-    """The text of the one <answer> after the thinking, of the one box in it where it has one; None where there is none, or
-    more than one. A box without answer tags counts too.
+    """The text of the one <answer> after the thinking, or of the one box, in it or without it; None where there is none, or more.
 
     >>> extract_answer("<think>3 or 4</think><answer> 4 </answer>")
     '4'
@@ -43,8 +42,7 @@ def extract_answer(text):
         return None
     tags = [said.count(tag) for tag in ("<answer>", "</answer>")]
     marks = [said.count(mark) for mark in ("\\boxed{", "<|begin_of_box|>", "<|end_of_box|>")]     # LaTeX's box, GLM's own
-    found = ANSWER.search(said)
-    inside = found[1] if found and tags == [1, 1] else said if tags == [0, 0] and any(marks) else None
+    inside = found[1] if (found := ANSWER.search(said)) and tags == [1, 1] else said if tags == [0, 0] and any(marks) else None
     if inside is None or not any(marks):
         return inside and inside.strip()
     found = BOX.search(inside) if marks in ([1, 0, 0], [0, 1, 1]) else None
@@ -57,21 +55,16 @@ def well_formed(text):
 
 
 def garbled(text):
-    """True where the thinking or the answer ends in one run of text again and again, or the thinking changes its script.
-
-    A run counts if it comes 8 times or more and fills 200 characters or more, in exact copies, at the very end: a list may say
-    "nothing." of ten frames, but a model that is stuck never stops. A second script counts from 50 words (or East Asian
-    characters) that are a quarter of the first's; not what is quoted, since a sign in the video may be read out.
-    """
-    for tail in [part.rstrip()[-8000:] for part in re.split("|".join(TAGS), text)]:
-        for period in range(1, len(tail) // 8 + 1):
-            end = tail[-max(200, 8 * period):]
-            if len(end) >= 200 and end[period:] == end[:-period]:
-                return True
+    """True where the thinking or the answer ends in one run of text 8 times or more and for 200 characters or more, or the thinking
+    changes its script: 50 words (or East Asian characters) or more of each of two, the fewer a quarter of the more.
+    Only exact copies at the very end: a list may say "nothing." of ten frames, a model that is stuck never stops. And nothing
+    that is quoted: a sign in the video may be read out."""
+    tails = [part.rstrip()[-8000:] for part in re.split("|".join(TAGS), text)]
+    ends = ((period, tail[-max(200, 8 * period):]) for tail in tails if len(tail) >= 200 for period in range(1, len(tail) // 8 + 1))
     thought = re.sub("\"[^\"\n]*\"|“[^“”\n]*”|「[^「」\n]*」", " ", text.rpartition("</think>")[0][-20000:])
     words = ("[A-Za-z\u00c0-\u024f]{2,}", "[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]", "[\u0400-\u04ff]{2,}", "[\u0600-\u06ff]{2,}")
     fewer, more = sorted(len(re.findall(word, thought)) for word in words)[-2:]
-    return fewer >= 50 and 4 * fewer >= more
+    return any(end[period:] == end[:-period] for period, end in ends) or (fewer >= 50 and 4 * fewer >= more)
 
 
 def fold(text):
@@ -117,36 +110,32 @@ def squeeze(text):
 
 NUMBER = r"[+-]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+)"
 POWER = r"(?:e| ?(?:[x×*]|\\times|\\cdot) ?10(?:\^|\*\*)\{?)([+-]?\d+)\}?"
-WORD = r"[^\W\d_]{1,15}[²³]?(?:\^?-?\d)?"
+WORD = r"(?!(?:[eixyzπ]|pi|or|and|to)\b)[^\W\d_]{1,15}[²³]?(?:\^?-?\d)?"        # 2x is not 2, nor is "2 or"
 SCALES = {"%": 0.01, "percent": 0.01, "thousand": 1e3, "million": 1e6, "billion": 1e9}
 QUANTITY = re.compile(rf"(?:[a-z] ?= ?)?(?:(-?)\\[dt]?frac\{{({NUMBER})\}}\{{({NUMBER})\}}|({NUMBER})(?:{POWER})?(?: ?/ ?({NUMBER}))?)"
                       rf" ?({'|'.join(SCALES)})? ?({WORD}(?: ?(?:[/·*]| per ) ?{WORD}){{0,3}})?\.?", re.IGNORECASE)
 LATEX = ((r"\\(?:text|mathrm)\{([^{}]*)\}", r" \1"), (r"\{,\}", ","), (r"\\[,;:! ]|[$]", " "), (r"\\%", "%"), ("\u2212", "-"),
-         (r"\^?\\circ|\^\{\\circ\}|°", " degree"), (r"^ ?([+-]?)10(\^|\*\*)", r"\g<1>1*10^"))
-NO_UNITS = {"e", "i", "x", "y", "z", "π", "pi", "or", "and", "to"}         # 2x is not 2, nor is "2 or"
+         (r"\^?\\circ|\^\{\\circ\}|°", " degree"), (r"^\s*([+-]?)10(\^|\*\*)", r"\g<1>1*10^"))
 
 
 def quantity(text, percent):
     """(value, unit) of a text that is one number: "1,200 km", "\\frac{1}{2}", "1.5 x 10^3", "50%" (0.5, or 50 if not percent). Else None."""
-    text = squeeze(text)
     for old, new in LATEX:
         text = re.sub(old, new, text)
-    found = QUANTITY.fullmatch(" ".join(text.split()))
-    if found is None or (found[8] or "").lower() in NO_UNITS:
+    if not (found := QUANTITY.fullmatch(squeeze(text))):
         return None
-    sign, top, bottom, plain, power, over, scale, unit = [x or "" for x in found.groups()]
+    sign, top, bottom, plain, power, over, scale, unit = [(x or "").replace(" ", "") for x in found.groups()]
     top, bottom = [float(x.replace(",", "")) for x in (top or f"{plain}e{power or 0}", bottom or over or "1")]
     value = top / bottom * SCALES.get(scale.lower() if percent or scale != "%" else "", 1) if bottom else m.nan
-    unit = unit.replace(" ", "") if len(unit) < 4 else unit.replace(" ", "").casefold().rstrip("s")         # mW is not MW
+    unit = unit if len(unit) < 4 else unit.casefold().rstrip("s")              # mW is not MW
     return (-value if sign else value, unit) if m.isfinite(value) else None
 
 
 def agree(predicted, answer, tolerance, percent=True):
     """Whether two quantities are within a part of the answer; None if it is none. Units count where both have one: no table of them."""
     said, meant = quantity(predicted, percent), quantity(answer, percent)
-    if said is None or meant is None:
-        return None if meant is None else False
-    return (said[1] == meant[1] or "" in (said[1], meant[1])) and abs(said[0] - meant[0]) <= tolerance * abs(meant[0])
+    right = said and meant and abs(said[0] - meant[0]) <= tolerance * abs(meant[0]) and (said[1] == meant[1] or "" in (said[1], meant[1]))
+    return bool(right) if meant else None
 
 
 def math(predicted, answer):
@@ -164,8 +153,7 @@ def chart(predicted, answer):
 
 
 def edit_distance(a, b):
-    """Insertions, deletions and substitutions from a to b. A column of the usual table is two whole numbers, whose bits are its steps
-    up and down (Myers 1999, Hyyrö 2003): 10,000 characters on each side take a tenth of a second, not a minute."""
+    """Insertions, deletions and substitutions from a to b. Bits of two numbers hold a column of the usual table (Myers 1999)."""
     a, b = sorted((a, b), key=len, reverse=True)
     places, full, top = {}, (1 << len(a)) - 1, 1 << len(a) >> 1
     for i, c in enumerate(a):
@@ -176,24 +164,22 @@ def edit_distance(a, b):
         level = (((same & up) + up) ^ up) | same | down
         right_up, right_down = down | ~(level | up) & full, up & level
         distance += bool(right_up & top) - bool(right_down & top)
-        right_up, right_down = right_up << 1 | 1, right_down << 1
-        up, down = (right_down | ~(same | down | right_up)) & full, right_up & (same | down) & full
+        up, down = (right_down << 1 | ~(same | down | right_up << 1 | 1)) & full, (right_up << 1 | 1) & (same | down) & full
     return distance
 
 
 def ocr(predicted, answer):
     """1 - edit distance / length of the longer; case and punctuation count, runs of spaces are one. Nothing read is nothing right."""
     a, b = (" ".join(unicodedata.normalize("NFC", x).split()) for x in (predicted, answer))
-    if a == b or not a or not b or max(len(a), len(b)) > LONGEST:
-        return float(a == b != "")
-    return 1 - edit_distance(a, b) / max(len(a), len(b))
+    longer = max(len(a), len(b))
+    return 1 - edit_distance(a, b) / longer if a and b and longer <= LONGEST else float(a == b != "")
 
 
 def boxes(text):
     """[(x1, y1, x2, y2), ...] of a text that is boxes and nothing else, at most 100 of them; else []."""
     box, text = r"\[ ?" + " ?, ?".join([r"(-?\d{1,9}(?:\.\d{0,9})?)"] * 4) + r" ?\]", squeeze(text)
-    found = re.findall(box, text) if re.fullmatch(rf"\[? ?{box}(?: ?[,;]? ?{box})* ?\]?", text) else []
-    return [tuple(map(float, corners)) for corners in found] if len(found) <= 100 else []
+    whole = re.fullmatch(rf"\[? ?{box}(?: ?[,;]? ?{box}){{0,99}} ?\]?", text)
+    return [tuple(map(float, corners)) for corners in re.findall(box, text)] if whole else []
 
 
 def overlap(a, b):
@@ -209,7 +195,6 @@ def grounding(predicted, answer):
     matching is the largest there is (augmenting paths): taking the best pair first could use up another box's only partner."""
     said, meant, taken = boxes(predicted), boxes(answer), {}
     near = [[j for j, b in enumerate(meant) if overlap(a, b) > 0.5] for a in said]
-
     def place(i, tried):
         for j in near[i]:
             if j not in tried:
@@ -229,8 +214,7 @@ def time(predicted, answer):
     return overlap(*[(seconds(x[1]), seconds(x[2])) for x in found]) if None not in found else 0.0
 
 
-VERIFIERS = {"choice": choice, "count": count, "open": open_answer, "math": math, "chart": chart, "ocr": ocr, "grounding": grounding,
-             "time": time}                                               # domain -> (predicted, answer) -> [0,1]
+VERIFIERS = {"choice": choice, "count": count, "open": open_answer, "math": math, "chart": chart, "ocr": ocr, "grounding": grounding, "time": time}
 
 
 def load_verifier(spec):
@@ -251,19 +235,16 @@ def load_verifier(spec):
 def score(text, answer, domain, format_weight=0.1):
     """The reward of one response. -> `Reward`. Raises ValueError for a domain without a verifier, VerifierError where one fails.
 
-    total = (1 - format_weight) * accuracy + format_weight * format: 0.9 and 0.1 as LongVILA-R1; 0 gives GLM-4.1V's.
-    Garbled text costs the format, not the accuracy: a rule of thumb must not make a right answer wrong, in an evaluation or for
-    the curriculum, nor cost it more than a tenth.
+    total = (1 - format_weight) * accuracy + format_weight * format: 0.9 and 0.1 as LongVILA-R1; 0 gives GLM-4.1V's. Garbled text costs
+    the format: a rule of thumb must not make a right answer wrong, in an evaluation or for the curriculum, nor cost it more than a tenth.
     """
     if domain not in VERIFIERS:
         raise ValueError(f"no verifier for domain {domain!r}; there are: {', '.join(VERIFIERS)}")
-    predicted, accuracy = extract_answer(text), 0.0
-    form = float(well_formed(text) and not garbled(text))
-    if predicted is not None:
-        try:
-            accuracy = VERIFIERS[domain](predicted, answer)
-            if not 0 <= accuracy <= 1:
-                raise ValueError(f"it returned {accuracy!r}, which is not between 0 and 1")
-        except Exception as e:
-            raise VerifierError(f"domain {domain!r}: {type(e).__name__}: {e}") from e
+    predicted, form = extract_answer(text), float(well_formed(text) and not garbled(text))
+    try:
+        accuracy = 0.0 if predicted is None else VERIFIERS[domain](predicted, answer)
+        if not 0 <= accuracy <= 1:
+            raise ValueError(f"it returned {accuracy!r}, which is not between 0 and 1")
+    except Exception as e:
+        raise VerifierError(f"domain {domain!r}: {type(e).__name__}: {e}") from e
     return Reward((1 - format_weight) * float(accuracy) + format_weight * form, float(accuracy), form)
