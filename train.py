@@ -84,6 +84,7 @@ class Config:
     clip_high: float = 0.28        # higher than clip_low: keeps rare tokens alive (DAPO; GLM-4.1V)
     loss_average: str = "sample"   # every completion the same weight, or "token": every token
     format_weight: float = 0.1     # LongVILA-R1's; 0: the answer alone, as GLM-4.1V
+    verifiers: str = ""            # yours: "domain=my_file.py:function", several with commas; (predicted, answer) -> 0 to 1
     warmup: int = 10               # optimizer steps of every stage over which lr rises linearly
     # who samples: same distribution, other random numbers
     rollout: str = "torch"         # the engine in rollout.py, or "vllm": pip install -r requirements-gpu.txt
@@ -339,6 +340,14 @@ def check_gap(gap, c):
                          "two lists of banned ids, or another precision in the sampler")
 
 
+def verify(sample, completions, c):
+    """-> the `rewards.Reward` of each completion; a text that says why, where the sample's verifier failed: that is not wrong."""
+    try:
+        return [rewards.score(x.text, sample.answer, sample.domain, c.format_weight) for x in completions]
+    except rewards.VerifierError as e:
+        return str(e)
+
+
 def grpo_step(model, groups, c, ranks, banned, divisor):
     """Backward of the clipped objective over this rank's share of some groups. -> sums of metrics over its tokens.
 
@@ -386,9 +395,11 @@ def evaluate(model, tokenizer, samples, c, ranks, cache, engine=None, k=0):
     keys = [[(c.seed, "eval", s.id, n) for n in range(k)] for s, _ in mine]
     sampled = rollout(model, tokenizer, [p for _, p in mine], keys, alone, c.max_tokens, **how) if k else [[] for _ in mine]
     for (s, _), [x], xs in zip(mine, greedy, sampled):
-        graded = rewards.score(x.text, s.answer, s.domain, c.format_weight)
-        right = sum(rewards.score(y.text, s.answer, s.domain, c.format_weight).accuracy for y in xs)
-        rows.append((s.domain, graded.accuracy, graded.format, x.forced, right))
+        if isinstance(verified := verify(s, [x, *xs], c), str):
+            dropped[s.id] = verified
+            continue
+        first, *others = verified
+        rows.append((s.domain, first.accuracy, first.format, x.forced, sum(other.accuracy for other in others)))
     rows = [row for part in gather([] if together and ranks.sp_rank else rows, ranks) for row in part]
     lost = {id: why for part in gather(dropped, ranks) for id, why in part.items()}
     if not rows:
@@ -426,7 +437,9 @@ def grade(model, tokenizer, samples, c, ranks, cache, engine, say):
         keys = [[(c.seed, "grade", s.id, n) for n in range(c.group_size)] for s, _ in made]
         answers = rollout(model, tokenizer, [p for _, p in made], keys, ranks, c.max_tokens, c.stage2, engine,
                           think_budget=c.think_budget, answer_budget=c.answer_budget)
-        right = {s.id: sum(rewards.score(x.text, s.answer, s.domain, c.format_weight).accuracy for x in xs) for (s, _), xs in zip(made, answers)}
+        verified = encode.led(lambda: [verify(s, xs, c) for (s, _), xs in zip(made, answers)], ranks)
+        dropped |= {s.id: why for (s, _), why in zip(made, verified) if isinstance(why, str)}
+        right = {s.id: sum(x.accuracy for x in graded) for (s, _), graded in zip(made, verified) if not isinstance(graded, str)}
         right, dropped = ({id: x for one in gather(mine, ranks) for id, x in one.items()} for mine in (right, dropped))
         for id, why in dropped.items():
             say(f"not graded {id}: {why}")
@@ -504,6 +517,11 @@ def main(c):
         if value != getattr(Config(), key):
             say(f"{key} = {value}")
 
+    for spec in c.verifiers.split(",") if c.verifiers else []:
+        domain, equals, where = spec.partition("=")
+        if not equals:
+            raise ValueError(f"--verifiers: {spec!r} is not domain=my_file.py:function")
+        rewards.VERIFIERS[domain] = rewards.load_verifier(where)
     samples = data.load(c.data, c.video_dir)
     train, held = (samples, data.load(c.eval_data, c.video_dir)) if c.eval_data else data.split(samples)
     held = held[:c.eval_samples]
@@ -715,9 +733,12 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
     with clock("rollout"):
         answers = rollout(model, tokenizer, [p for _, p in made], keys, ranks, c.max_tokens, c.stage2, engine,
                           think_budget=c.think_budget, answer_budget=c.answer_budget)
+    verified = encode.led(lambda: [verify(s, xs, c) for (s, _), xs in zip(made, answers)], ranks)   # once: a verifier may ask a model
     groups, stats = [], {}
-    for i, (sample, prompt), xs in zip(slots, made, answers):
-        graded = [rewards.score(x.text, sample.answer, sample.domain, c.format_weight) for x in xs]
+    drop(curriculum, {s.id: why for (s, _), why in zip(made, verified) if isinstance(why, str)})
+    for i, (sample, prompt), xs, graded in zip(slots, made, answers, verified):
+        if isinstance(graded, str):
+            continue
         groups.append(Group(i, sample, prompt, xs, graded, grpo.advantages(torch.tensor([g.total for g in graded]))))
         stats[i] = [(g.total, g.accuracy, g.format, len(x.tokens), int(x.sampled.sum()), x.forced, x.truncated)
                     for g, x in zip(graded, xs)]

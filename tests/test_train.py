@@ -766,6 +766,35 @@ def test_nothing_of_vllm_is_imported_unless_asked_for():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# verifiers of one's own
+
+JUDGE = """
+def judge(predicted, answer):
+    if not predicted.strip():
+        raise RuntimeError("nothing to judge")
+    return 0.25 if predicted.strip() == answer else 0.75
+
+def strict(predicted, answer):
+    raise ConnectionError("the judge does not answer")
+"""
+
+
+def test_a_verifier_of_ones_own_grades_and_one_that_fails_leaves_its_samples_ungraded_and_counted(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.rewards, "VERIFIERS", dict(train.rewards.VERIFIERS))
+    (tmp_path / "mine.py").write_text(JUDGE)
+    rows = [question(i, domain="kind") for i in range(4)] + [question(i, id=f"hard{i}", domain="hard") for i in range(4, 6)]
+    path = write(tmp_path / "q.jsonl", *rows)
+    how = {**run.how, "model": run.model, "data": path, "eval_data": path, "sft_steps": 0, "rl_steps": 2, "eval_every": 2, "out_dir": str(tmp_path / "out"),
+           "verifiers": f"kind={tmp_path}/mine.py:judge,hard={tmp_path}/mine.py:strict"}
+    alone(**how)
+    said, rl = capsys.readouterr().out, metrics(how["out_dir"], "rl")
+    assert "dropped hard4: domain 'hard': ConnectionError: the judge does not answer" in said and rl[-1]["dropped"] == 2
+    assert all(r["accuracy"] in (0, 0.25, 0.75) or 0.2 < r["accuracy"] < 0.8 for r in rl if r["length"])
+    for wrong, says in (("kind", "is not domain="), ("kind=nowhere.py:judge", "nowhere.py:judge"), (f"kind={tmp_path}/mine.py:gone", "gone")):
+        refused({**how, "verifiers": wrong, "out_dir": str(tmp_path / "other")}, says)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # bad input: one clear line, on every rank, and soon
 
 def one_clear_line(result, *says):
