@@ -530,6 +530,11 @@ def main(c):
     for s in train + held:
         if s.domain not in rewards.VERIFIERS:
             raise ValueError(f"sample {s.id}: no verifier for domain {s.domain!r}; there are: {', '.join(rewards.VERIFIERS)}")
+    own = {spec.partition("=")[0] for spec in c.verifiers.split(",")}          # these may be slow: they are not asked here
+    hopeless = [s.id for s in train + held if s.domain not in own and rewards.VERIFIERS[s.domain](s.answer, s.answer) < 1]
+    if hopeless:
+        say(f"{len(hopeless)} samples have an answer that their own verifier does not accept, so nobody can be right: "
+            + ", ".join(hopeless[:5]) + (", ..." if len(hopeless) > 5 else ""))
     by_id = {s.id: s for s in train}
     grades = read_grades(c.grades, samples) if c.grades else {}
     cache, ahead = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write), data.Ahead(c.frames)
