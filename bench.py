@@ -78,7 +78,7 @@ class Work:
         inner.visual.requires_grad_(False)
         if a.checkpointing:
             vlm.recompute_layers(self.model)
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], 1e-6, (0.9, 0.95))
+        self.optimizer = train.make_optimizer(self.model, 1e-6)
         self.banned = vlm.banned_ids(self.model, self.tokenizer)
         self.banned[vlm.stop_ids(self.model, self.tokenizer)] = True           # so that a completion has exactly L tokens
         self.cache, self.count, self.engine = encode.Cache(), Counter(), None

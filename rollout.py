@@ -84,6 +84,11 @@ def stream(*key):
     return np.random.default_rng(np.frombuffer(hashlib.sha256(repr(key).encode()).digest(), np.uint32))
 
 
+def room(tokenizer, think_budget, answer_budget, forced=FORCED):
+    """The most tokens that a completion can have."""
+    return think_budget + len(tokenizer(forced, add_special_tokens=False).input_ids) + answer_budget
+
+
 @torch.no_grad()
 def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=False, watch=None, banned=None, forced=FORCED,
            ranks=encode.Ranks()):
@@ -97,18 +102,17 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     N, G, device = len(prompts), len(keys[0]), prompts[0].ids.device
     banned = vlm.banned_ids(model, tokenizer) if banned is None else banned
     stops = set(vlm.stop_ids(model, tokenizer))
-    forced_ids = tokenizer(forced, add_special_tokens=False).input_ids
-    room = think_budget + len(forced_ids) + answer_budget
+    forced_ids, most = tokenizer(forced, add_special_tokens=False).input_ids, room(tokenizer, think_budget, answer_budget, forced)
 
     @lru_cache(maxsize=None)
     def piece(token):
         return tokenizer.decode([token])
 
-    uniform = None if greedy else torch.tensor(np.stack([stream(*key).random(room) for row in keys for key in row]), device=device)
+    uniform = None if greedy else torch.tensor(np.stack([stream(*key).random(most) for row in keys for key in row]), device=device)
 
     ids, positions, lengths = vlm.pad_prefixes(prompts, ranks)                 # [N, P], [3, N, P], [N]
     P = ids.shape[1]
-    layout = SharedPrefix(lengths, P, G, room, model.config.text_config.num_key_value_heads, ranks)
+    layout = SharedPrefix(lengths, P, G, most, model.config.text_config.num_key_value_heads, ranks)
     hidden, place = vlm.forward(model, layout, ids, positions, [p.vision for p in prompts], P, ranks)          # [N, P/sp, D], [P]
     last = place[lengths - 1]                                                  # [N], -1 where it is on another rank
     hidden = hidden[torch.arange(N, device=device), last].masked_fill(last[:, None] < 0, 0.0)
@@ -130,7 +134,7 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
 
     rows = [Row() for _ in range(N * G)]
     tokens, sampled, chosen, shown = [], [], [], 0
-    for step in range(room):
+    for step in range(most):
         logp = vlm.token_distribution(model, hidden, banned)                   # [N*G, vocabulary]
         if greedy:
             token = logp.argmax(1)
@@ -213,10 +217,11 @@ class VLLM:
         self.pad = model.config.video_token_id
         # On the CPU it cannot cut up the prefill of a prompt that has random numbers of its own, and would share blocks of
         # 128 tokens, more than some prompts have.
-        on_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(length, 4096), "block_size": 32}
+        on_cpu = {"enable_chunked_prefill": False, "block_size": 32}
         try:
             self.llm = vllm.LLM(
                 name, dtype=str(model.dtype).removeprefix("torch."), max_model_len=length, logprobs_mode="processed_logprobs", seed=0,
+                max_num_batched_tokens=max(length, 8192),                      # no video may have more vision tokens than this
                 enable_mm_embeds=True, limit_mm_per_prompt={"image": 0, "video": 0}, mm_processor_cache_gb=0,  # embeddings alone
                 distributed_executor_backend="external_launcher" if ranks.world > 1 else None,         # torchrun's processes
                 tensor_parallel_size=ranks.sp if self.shared else 1, gpu_memory_utilization=memory,
@@ -357,7 +362,7 @@ def main():
     model, tokenizer = vlm.load(args.model, ranks.device, max_pixels=args.max_pixels)
     vision, grid, seconds = vlm.encode_video(model, lambda: data.open_video(args.video, args.frames), ranks)
     prompt = vlm.make_prompt(model, tokenizer, question, vision, grid, seconds)
-    vlm.check_length(model, prompt, args.think_budget + args.answer_budget)
+    vlm.check_length(model, prompt, room(tokenizer, args.think_budget, args.answer_budget))
     print(f"{args.video}: {grid[0]} x {grid[1]} x {grid[2]} patches, {len(vision)} vision tokens\n{question}\n")
     [[completion]] = sample(model, tokenizer, [prompt], [[("ask", args.sample)]], args.think_budget, args.answer_budget,
                             greedy=args.sample < 0, watch=lambda piece: print(piece, end="", flush=True))

@@ -5,12 +5,13 @@ Teach a vision-language model to reason about long videos. One script, from one 
   your own videos         torchrun --standalone --nproc_per_node=2 train.py --data=my/questions.jsonl --out_dir=out-my
   one box of 8 GPUs       torchrun --standalone --nproc_per_node=8 train.py --model=Qwen/Qwen2.5-VL-3B-Instruct \\
                               --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos --frames=256 \\
-                              --dtype=bfloat16 --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 --answer_budget=256 \\
-                              --stage2=true --checkpointing=true --rollout=vllm
+                              --max_pixels=78400 --dtype=bfloat16 --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 \\
+                              --answer_budget=256 --stage2=true --checkpointing=true --rollout=vllm
   two such boxes          the same on each, with --nnodes=2 --node_rank=0 (1 on the other) --master_addr=FIRST_BOX
-                              --master_port=29500 in place of --standalone
+                              --master_port=29500 in place of --standalone, and an --out_dir that both see
   look at a result        python train.py --mode=eval --model=out/model
-  know what is hard       python train.py --mode=grade --model=out/model --out_dir=out, then train with --grades=out/grades.jsonl
+  know what is hard       python train.py --mode=grade --model=MODEL --data=DATA --out_dir=graded, and for the training after it
+                              --model=MODEL --data=DATA --out_dir=out-my --grades=graded/grades.jsonl
 
 Three stages, as in the papers: align (only for a model made from nothing: it learns to see, then its tower is frozen),
 cold start (it learns to write its thinking down, from a teacher), RL (its own answers, verified, make it right).
@@ -38,7 +39,7 @@ import grpo
 import model as vlm
 import rewards
 from curriculum import Curriculum, balanced, grade_line, has_signal, read_grades
-from rollout import VLLM, Completion, import_vllm, leave, rollout
+from rollout import VLLM, Completion, import_vllm, leave, rollout, room
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Config:
     sft_batch: int = 32            # samples a step over all ranks, here and in align
     sft_lr: float = 1.5e-3         # for a pretrained model 1e-5
     # RL
-    rl_steps: int = 60
+    rl_steps: int = 40
     prompts_per_step: int = 24     # groups a step over all ranks
     group_size: int = 8            # G, completions a group
     oversample_cap: float = 8.0    # at most so many times prompts_per_step are asked, to train on that many groups with signal; 1: off
@@ -230,7 +231,7 @@ def make_prompts(model, tokenizer, samples, c, ranks, cache, ahead=None):
         try:
             seen = see(model, sample.video, key, c, ranks, cache, ahead)
             prompt = vlm.make_prompt(model, tokenizer, sample.question, *seen, key)
-            vlm.check_length(model, prompt, c.think_budget + c.answer_budget, c.vllm_length if c.rollout == "vllm" else None)
+            vlm.check_length(model, prompt, room(tokenizer, c.think_budget, c.answer_budget), c.vllm_length if c.rollout == "vllm" else None)
             made.append((sample, prompt))
         except (data.VideoError, vlm.PromptError) as e:
             dropped[sample.id] = str(e)
@@ -279,6 +280,12 @@ def gather(x, ranks):
     return every
 
 
+def make_optimizer(model, lr):
+    """AdamW over the weights that train; where they are bfloat16 over float32 copies: 8 bits would swallow an update of 1e-6."""
+    weights = [p if p.dtype == torch.float32 else p.detach().float() for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.0)
+
+
 def update(model, optimizer, lr, ranks):
     """Sum the gradients over all ranks, clip their norm at 1, step. -> the norm; not finite: the step was skipped."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -293,10 +300,17 @@ def update(model, optimizer, lr, ranks):
                 g.copy_(summed.view_as(g))
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
     if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        [group] = optimizer.param_groups
+        group["lr"] = lr
+        copies = [(p, copy) for p, copy in zip(parameters, group["params"]) if copy is not p]
+        for p, copy in copies:
+            copy.grad = p.grad.float()
         optimizer.step()
+        with torch.no_grad():
+            for p, copy in copies:
+                p.copy_(copy)
     optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     return norm
 
 
@@ -384,7 +398,7 @@ def evaluate(model, tokenizer, samples, c, ranks, cache, engine=None, k=0):
 
     Samples are dealt over the dp groups. One that cannot be read is dropped and counted. -> dict on every rank
     """
-    rows, made, dropped = [], [], {}
+    rows = []
     share = list(range(ranks.dp_rank, len(samples), ranks.dp))
     made, dropped = make_prompts(model, tokenizer, [samples[i] for i in share], c, ranks, cache)
     how = {"engine": engine, "think_budget": c.think_budget, "answer_budget": c.answer_budget}
@@ -394,13 +408,13 @@ def evaluate(model, tokenizer, samples, c, ranks, cache, engine=None, k=0):
     greedy = rollout(model, tokenizer, [p for _, p in mine], [[("greedy",)] for _ in mine], alone, c.max_tokens, greedy=True, **how)
     keys = [[(c.seed, "eval", s.id, n) for n in range(k)] for s, _ in mine]
     sampled = rollout(model, tokenizer, [p for _, p in mine], keys, alone, c.max_tokens, **how) if k else [[] for _ in mine]
-    for (s, _), [x], xs in zip(mine, greedy, sampled):
+    for (s, _), [x], xs in zip(mine, greedy, sampled) if not (together and ranks.sp_rank) else ():
         if isinstance(verified := verify(s, [x, *xs], c), str):
             dropped[s.id] = verified
             continue
         first, *others = verified
         rows.append((s.domain, first.accuracy, first.format, x.forced, sum(other.accuracy for other in others)))
-    rows = [row for part in gather([] if together and ranks.sp_rank else rows, ranks) for row in part]
+    rows = [row for part in gather(rows, ranks) for row in part]
     lost = {id: why for part in gather(dropped, ranks) for id, why in part.items()}
     if not rows:
         return {"samples": 0, "dropped": len(lost), "why": next(iter(lost.values()), "no samples are held out")}
@@ -517,10 +531,10 @@ def main(c):
         if value != getattr(Config(), key):
             say(f"{key} = {value}")
 
-    for spec in c.verifiers.split(",") if c.verifiers else []:
-        domain, equals, where = spec.partition("=")
-        if not equals:
-            raise ValueError(f"--verifiers: {spec!r} is not domain=my_file.py:function")
+    own = dict(spec.partition("=")[::2] for spec in c.verifiers.split(",") if spec)            # domain -> my_file.py:function
+    for domain, where in own.items():
+        if not where:
+            raise ValueError(f"--verifiers: {domain!r} is not domain=my_file.py:function")
         rewards.VERIFIERS[domain] = rewards.load_verifier(where)
     samples = data.load(c.data, c.video_dir)
     train, held = (samples, data.load(c.eval_data, c.video_dir)) if c.eval_data else data.split(samples)
@@ -530,7 +544,6 @@ def main(c):
     for s in train + held:
         if s.domain not in rewards.VERIFIERS:
             raise ValueError(f"sample {s.id}: no verifier for domain {s.domain!r}; there are: {', '.join(rewards.VERIFIERS)}")
-    own = {spec.partition("=")[0] for spec in c.verifiers.split(",")}          # these may be slow: they are not asked here
     hopeless = [s.id for s in train + held if s.domain not in own and rewards.VERIFIERS[s.domain](s.answer, s.answer) < 1]
     if hopeless:
         say(f"{len(hopeless)} samples have an answer that their own verifier does not accept, so nobody can be right: "
@@ -551,12 +564,16 @@ def main(c):
 
     if c.mode == "grade":
         model, tokenizer = vlm.load(c.model, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
+        if c.stage2:
+            encode.check_heads(model.config.text_config.num_attention_heads, model.config.text_config.num_key_value_heads, ranks)
         grade(model, tokenizer, train, c, ranks, cache, start_engine(c, c.model, model, tokenizer, ranks), say)
         return
 
     # Load: from the newest checkpoint of this run, or else from the start.
     os.makedirs(c.out_dir, exist_ok=True)
     log_file, found = os.path.join(c.out_dir, "metrics.jsonl"), newest(c.out_dir)
+    if len(set(gather(found and os.path.basename(found), ranks))) > 1:
+        raise ValueError(f"not all ranks find the same checkpoint in {c.out_dir}: several machines need one that they share")
     state = {"step": 0, "previous": 0, "lines": 0, "done": {"align": 0, "sft": 0, "rl": 0}, "config": asdict(c)}
     if found:
         state = torch.load(os.path.join(found, "training_state.pt"), weights_only=False, map_location="cpu")
@@ -590,7 +607,8 @@ def main(c):
         """A checkpoint: rank 0 writes, all hear whether it could."""
         state["done"][stage] = step
         state["previous"], state["step"] = state["step"], sum(state["done"].values())
-        state.update(optimizer=optimizer.state_dict(), curriculum=curriculum.state_dict(), stage=stage)
+        copies = [] if c.dtype == "float32" else optimizer.param_groups[0]["params"]
+        state.update(optimizer=optimizer.state_dict(), copies=copies, curriculum=curriculum.state_dict(), stage=stage)
         error = None
         if ranks.rank == 0:
             draw_curves(lines, os.path.join(c.out_dir, "curves.png"))
@@ -616,10 +634,13 @@ def main(c):
         if not ids:
             say(f"{stage}: skipped, {why_none}")
             return None
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, (0.9, 0.95), weight_decay=0.0)
+        optimizer = make_optimizer(model, lr)
         curriculum = Curriculum(ids, f"{c.seed} {stage}", *((grades, c.tiers) if stage == "rl" else ()))
         if state["done"][stage]:
             optimizer.load_state_dict(state["optimizer"])
+            with torch.no_grad():
+                for copy, kept in zip(optimizer.param_groups[0]["params"], state["copies"]):
+                    copy.copy_(kept)
             curriculum.load_state_dict(state["curriculum"])
         bar = tqdm(total=steps, initial=state["done"][stage], desc=stage, disable=ranks.rank != 0, dynamic_ncols=True)
         return optimizer, curriculum, bar, range(state["done"][stage], steps)
@@ -691,7 +712,7 @@ def main(c):
     started = begin("rl", c.rl_steps, c.lr, list(by_id), "no training sample is left")
     if started:
         optimizer, curriculum, bar, todo = started
-        if c.rollout == "vllm" and made and not newest(c.out_dir):
+        if c.rollout == "vllm" and made and not found and not any(state["done"].values()):
             keep("rl", 0, optimizer, curriculum)           # vLLM starts from a directory
         engine = start_engine(c, newest(c.out_dir) or c.model, model, tokenizer, ranks)
         for step in todo:
@@ -726,7 +747,7 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
     slots = range(ranks.dp_rank, len(drawn), ranks.dp)
     with clock("encode"):
         made, dropped = make_prompts(model, tokenizer, [drawn[i] for i in slots], c, ranks, cache, ahead)
-    slots = [i for i in slots if drawn[i].id not in dropped]
+    slots, made = [i for i in slots if drawn[i].id not in dropped], [x for x in made if x[0].id not in dropped]
     drop(curriculum, dropped)
     if step + 1 < c.rl_steps:
         coming = [by_id[id] for id in curriculum.peek(asked)]
@@ -740,7 +761,10 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
                           think_budget=c.think_budget, answer_budget=c.answer_budget)
     verified = encode.led(lambda: [verify(s, xs, c) for (s, _), xs in zip(made, answers)], ranks)   # once: a verifier may ask a model
     groups, stats = [], {}
-    drop(curriculum, {s.id: why for (s, _), why in zip(made, verified) if isinstance(why, str)})
+    unscored = {s.id: why for (s, _), why in zip(made, verified) if isinstance(why, str)}          # of this step: next time it may go well
+    unscored = {id: why for part in gather(unscored, ranks) for id, why in part.items()}
+    for id, why in unscored.items():
+        say(f"RL {step + 1}: not graded {id}: {why}")
     for i, (sample, prompt), xs, graded in zip(slots, made, answers, verified):
         if isinstance(graded, str):
             continue
@@ -794,7 +818,7 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
             "oversample": asked / c.prompts_per_step, "invalid_rate": 1 - signal / len(accuracies) if accuracies else 0.0,
             "sampler_gap": first["gap"] / max(1.0, first["tokens"]) if first else 0.0,
             "sampler_gap_max": first["gap_max"] if first else 0.0, "skipped": skipped, "dropped": len(curriculum.dropped),
-            "grad_norm": mean(norms), **{f"{k}_s": round(v, 4) for k, v in clock.seconds.items()}}
+            "unscored": len(unscored), "grad_norm": mean(norms), **{f"{k}_s": round(v, 4) for k, v in clock.seconds.items()}}
 
 
 def draw_curves(lines, path):

@@ -30,7 +30,7 @@ import encode
 import grpo
 import model as vlm
 import train
-from rollout import rollout
+from rollout import rollout, room
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN = os.path.join(ROOT, "train.py")
@@ -492,6 +492,34 @@ def test_update_clips_the_norm_at_one_and_steps():
     assert train.update(model, optimizer, 0.5, ALONE) == 0.0                        # a rank without any work has no gradients
 
 
+def test_bfloat16_weights_follow_updates_smaller_than_their_own_steps():
+    """AdamW on bfloat16 weights at lr 1e-6 moved 2 weights in 100: the rest of every update was rounded away."""
+    ends = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(64, 64, bias=False)
+        torch.nn.init.normal_(model.weight, std=0.02).data = model.weight.data.to(torch.bfloat16).to(dtype)
+        start, version, optimizer = model.weight.detach().float().clone(), model.weight._version, train.make_optimizer(model, 1e-6)
+        for _ in range(300):
+            model.weight.grad = torch.full_like(model.weight, 0.01)
+            train.update(model, optimizer, 1e-6, ALONE)
+        ends.append(model.weight.detach().float() - start)
+        assert model.weight.grad is None and model.weight._version > version, "vLLM is told by the version"
+    right, got = (float(x.mean()) for x in ends)
+    assert right < -2e-4 and got == pytest.approx(right, rel=0.4)        # to the half step of its last rounding
+
+
+def test_a_bfloat16_run_goes_on_bit_for_bit(run, tmp_path):
+    """Also the part of its weights that bfloat16 does not hold."""
+    how = {**run.how, "model": run.model, "sft_steps": 2, "eval_every": 0, "dtype": "bfloat16", "lr": 1e-5, "save_every": 1}
+    alone(**{**how, "rl_steps": 4, "out_dir": str(tmp_path / "whole")})
+    alone(**{**how, "rl_steps": 2, "out_dir": str(tmp_path / "parts")})
+    alone(**{**how, "rl_steps": 4, "out_dir": str(tmp_path / "parts")})
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    whole, parts = (torch.load(tmp_path / x / "model" / "training_state.pt", weights_only=False)["copies"] for x in ("whole", "parts"))
+    assert whole and same(list(whole), list(parts)) and whole[0].dtype == torch.float32
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_is_skipped(bad):
     model = torch.nn.Linear(3, 3)
@@ -745,7 +773,7 @@ def test_prompts_that_vllm_makes_no_room_for_are_dropped_and_counted(run, files)
     samples = data.load(run.how["data"])[:2]
     length = lambda **how: train.make_prompts(model, tokenizer, samples, train.Config(**{**run.how, **how}), ALONE, encode.Cache())
     made, _ = length(rollout="vllm")
-    most = len(made[0][1].ids) + run.how["think_budget"] + run.how["answer_budget"]
+    most = len(made[0][1].ids) + room(tokenizer, run.how["think_budget"], run.how["answer_budget"])
     assert len(length(rollout="vllm", vllm_length=most)[0]) >= 1 and len(length(vllm_length=1)[0]) == 2
     made, dropped = length(rollout="vllm", vllm_length=most - 1)
     assert samples[0].id in dropped and f"do not fit vllm_length = {most - 1}" in dropped[samples[0].id]
@@ -788,7 +816,8 @@ def test_a_verifier_of_ones_own_grades_and_one_that_fails_leaves_its_samples_ung
            "verifiers": f"kind={tmp_path}/mine.py:judge,hard={tmp_path}/mine.py:strict"}
     alone(**how)
     said, rl = capsys.readouterr().out, metrics(how["out_dir"], "rl")
-    assert "dropped hard4: domain 'hard': ConnectionError: the judge does not answer" in said and rl[-1]["dropped"] == 2
+    assert "not graded hard4: domain 'hard': ConnectionError: the judge does not answer" in said
+    assert sum(r["unscored"] for r in rl) >= 2 and rl[-1]["dropped"] == 0, "it is asked again: the judge may be back"
     assert all(r["accuracy"] in (0, 0.25, 0.75) or 0.2 < r["accuracy"] < 0.8 for r in rl if r["length"])
     for wrong, says in (("kind", "is not domain="), ("kind=nowhere.py:judge", "nowhere.py:judge"), (f"kind={tmp_path}/mine.py:gone", "gone")):
         refused({**how, "verifiers": wrong, "out_dir": str(tmp_path / "other")}, says)
