@@ -759,7 +759,8 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
     with clock("rollout"):
         answers = rollout(model, tokenizer, [p for _, p in made], keys, ranks, c.max_tokens, c.stage2, engine,
                           think_budget=c.think_budget, answer_budget=c.answer_budget)
-    verified = encode.led(lambda: [verify(s, xs, c) for (s, _), xs in zip(made, answers)], ranks)   # once: a verifier may ask a model
+    with clock("verify"):                                  # once for all sp ranks: a verifier may ask a model
+        verified = encode.led(lambda: [verify(s, xs, c) for (s, _), xs in zip(made, answers)], ranks)
     groups, stats = [], {}
     unscored = {s.id: why for (s, _), why in zip(made, verified) if isinstance(why, str)}          # of this step: next time it may go well
     unscored = {id: why for part in gather(unscored, ranks) for id, why in part.items()}
