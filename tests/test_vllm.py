@@ -21,6 +21,7 @@ import train
 
 ROOT, ALONE = Path(__file__).parent.parent, encode.Ranks()
 HOW = {"think_budget": 12, "answer_budget": 6}
+KEPT = []               # an engine that is collected ends all others of its process
 VIDEOS = [(4, 4, 4, 0.5), (9, 2, 6, 1 / 3), (21, 4, 2, 2.7), (1, 6, 6, 1.0)]           # (t, h, w) in patches, seconds between frames
 
 
@@ -205,6 +206,7 @@ def test_tied_embeddings_as_the_3b_has_them(ours, tmp_path):
     model, tokenizer = vlm.load(str(tmp_path))
     assert model.lm_head.weight is model.get_input_embeddings().weight
     engine, prompts = rollout.VLLM(str(tmp_path), model, tokenizer, ALONE, 512), make_prompts(model, tokenizer)
+    KEPT.append(engine)
     for _ in range(2):
         groups = rollout.rollout(model, tokenizer, prompts, keys(4, 4), ALONE, engine=engine, **HOW)
         assert largest_gap(model, prompts, groups, vlm.banned_ids(model, tokenizer)) < 1e-4
@@ -270,6 +272,7 @@ def test_a_run_with_vllm_learns(tmp_path):
 
     ours = vlm.load(f"{tmp_path}/out/model")
     engine, samples = rollout.VLLM(f"{tmp_path}/out/model", *ours, ALONE, 512), data.load("toy")[:8]
+    KEPT.append(engine)
     prompts = [p for _, p in train.make_prompts(*ours, samples, train.Config(), ALONE, encode.Cache())[0]]
     for think, answer in ((96, 16), (40, 16), (96, 2)):
         a, b = both(engine, ours, prompts, think_budget=think, answer_budget=answer)
