@@ -96,7 +96,7 @@ class Work:
         """The prompt: from the video anew (naive), or from what is kept."""
         look = lambda ranks: vlm.encode_video(self.model, lambda: noise_video(self.a.frames, self.a.size, self.a.seed), ranks)
         seen = look(self.alone) if self.a.variant == "naive" else self.cache.get("noise", lambda: look(self.ranks))
-        prompt = vlm.make_prompt(self.model, self.tokenizer, "What is seen, and when?", *seen)
+        prompt = vlm.make_prompt(self.model, self.tokenizer, "What is seen, and when?", *seen, key="noise")
         vlm.check_length(self.model, prompt, self.a.completion)
         return prompt
 
@@ -225,7 +225,7 @@ def plot(rows, path):
     from matplotlib.figure import Figure
     lines, r, axis = {}, rows[0], Figure(figsize=(7, 4.5), layout="constrained").subplots()
     for row in sorted(rows, key=lambda row: row["frames"]):
-        label = f"{row['variant']}, {row['cache']}" + (f", {row['sp']} ranks" if row["sp"] > 1 else "")
+        label = f"{row['variant']}, {row['cache']}" + (f", {row['sp']} ranks" if row["sp"] > 1 else "") + ", vllm" * (row["rollout"] == "vllm")
         lines.setdefault(label, []).append(row)
     for label, points in lines.items():
         x, y, p = [p["frames"] for p in points], [p["seconds"] for p in points], points[0]

@@ -219,19 +219,19 @@ def make_prompts(model, tokenizer, samples, c, ranks, cache, ahead=None):
 
     A video that does not decode and a prompt that is too long are dropped, never replaced and never cut.
     """
-    def key(sample):
+    def named(sample):
         try:
             return video_key(model, sample.video, c, cache)
         except data.VideoError as e:
             return e
 
-    keys = encode.led(lambda: [key(s) for s in samples], ranks)                # one question a step: each costs as much as many frames
-    made, dropped = [], {}
+    keys = encode.led(lambda: [named(s) for s in samples], ranks)               # one question a step: each costs as much as many frames
+    made, dropped, most = [], {}, room(tokenizer, c.think_budget, c.answer_budget)
     for sample, key in zip(samples, keys):
         try:
             seen = see(model, sample.video, key, c, ranks, cache, ahead)
             prompt = vlm.make_prompt(model, tokenizer, sample.question, *seen, key)
-            vlm.check_length(model, prompt, room(tokenizer, c.think_budget, c.answer_budget), c.vllm_length if c.rollout == "vllm" else None)
+            vlm.check_length(model, prompt, most, c.vllm_length if c.rollout == "vllm" else None)
             made.append((sample, prompt))
         except (data.VideoError, vlm.PromptError) as e:
             dropped[sample.id] = str(e)
@@ -552,8 +552,14 @@ def main(c):
     grades = read_grades(c.grades, samples) if c.grades else {}
     cache, ahead = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write), data.Ahead(c.frames)
 
+    def load(name):
+        model, tokenizer = vlm.load(name, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
+        if c.stage2 and c.mode != "eval":                  # where nothing is sharded but frames
+            encode.check_heads(model.config.text_config.num_attention_heads, model.config.text_config.num_key_value_heads, ranks)
+        return model, tokenizer
+
     if c.mode == "eval":
-        model, tokenizer = vlm.load(c.model, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
+        model, tokenizer = load(c.model)
         engine = start_engine(c, c.model, model, tokenizer, ranks)
         result = evaluate(model, tokenizer, held, c, ranks, cache, engine, c.group_size)
         if not result["samples"]:
@@ -563,9 +569,7 @@ def main(c):
         return
 
     if c.mode == "grade":
-        model, tokenizer = vlm.load(c.model, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
-        if c.stage2:
-            encode.check_heads(model.config.text_config.num_attention_heads, model.config.text_config.num_key_value_heads, ranks)
+        model, tokenizer = load(c.model)
         grade(model, tokenizer, train, c, ranks, cache, start_engine(c, c.model, model, tokenizer, ranks), say)
         return
 
@@ -579,9 +583,7 @@ def main(c):
         state = torch.load(os.path.join(found, "training_state.pt"), weights_only=False, map_location="cpu")
         check_same_run(c, state["config"], found)
         say(f"going on from {found}: {', '.join(f'{n} {stage} steps' for stage, n in state['done'].items())} done")
-    model, tokenizer = vlm.load(found or c.model, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
-    if c.stage2:
-        encode.check_heads(model.config.text_config.num_attention_heads, model.config.text_config.num_key_value_heads, ranks)
+    model, tokenizer = load(found or c.model)
     if c.checkpointing:
         vlm.recompute_layers(model)
     banned, tower = vlm.banned_ids(model, tokenizer), model.model.visual
