@@ -40,9 +40,9 @@ class Sample:
     taught: str = ""   # the answer that thought comes to, where its writer was wrong; empty: the right one
 
 
-def taught_text(sample):
-    """What the cold start teaches: the thought, and the answer that it comes to."""
-    return f"<think>{sample.thought}</think><answer>{sample.taught or sample.answer}</answer>"
+def taught_text(sample, think=True):
+    """What the cold start teaches: the thought, or an empty one, and the answer that it comes to."""
+    return f"<think>{sample.thought * think}</think><answer>{sample.taught or sample.answer}</answer>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import model as vlm
 
 VLLM_VERSION = "0.32.0"
 FORCED = "</think><answer>"    # what is written for a model whose thinking budget ran out
+WAIT = "\nWait,"               # ... and in the place of a </think> that comes before the least thinking that is asked for
 
 
 @dataclass
@@ -84,25 +85,35 @@ def stream(*key):
     return np.random.default_rng(np.frombuffer(hashlib.sha256(repr(key).encode()).digest(), np.uint32))
 
 
-def room(tokenizer, think_budget, answer_budget, forced=FORCED):
+def limits(think_budget, answer_budget, force=True, think_least=0):
+    """The budgets, and what happens at their ends, as `sample` takes them. With no time to think at all the empty thought is
+    written whole; force=False: nothing is written, a completion ends with its thinking, unanswered."""
+    forced = ("" if think_budget else "<think>") + FORCED if force else None
+    return {"think_budget": think_budget, "answer_budget": answer_budget, "forced": forced, "think_least": think_least}
+
+
+def room(tokenizer, think_budget, answer_budget, forced=FORCED, **_):
     """The most tokens that a completion can have."""
-    return think_budget + len(tokenizer(forced, add_special_tokens=False).input_ids) + answer_budget
+    return think_budget + len(tokenizer(forced or "", add_special_tokens=False).input_ids) + answer_budget
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=False, watch=None, banned=None, forced=FORCED,
-           ranks=encode.Ranks()):
+           think_least=0, ranks=encode.Ranks()):
     """Completions of N prompts. keys: N lists of G keys for `stream`, one a completion. -> N lists of G `Completion`s
 
     Thinking ends by itself with </think>, or after think_budget tokens, when </think><answer> is written for the model;
     from there it may sample answer_budget tokens. The forced text is tokenized by itself and marked as not sampled.
     watch(text), if given, is called with each new piece of the first completion; banned: bool [vocabulary], None for
-    `model.banned_ids`; forced: what is written when time is up; ranks: their sp ranks share the prefill of these prompts.
+    `model.banned_ids`; forced: what is written when time is up, None: the completion ends there, truncated; think_least: where
+    thinking would end before so many tokens, WAIT is written instead (the budget forcing of s1, arXiv 2501.19393), also not
+    sampled; ranks: their sp ranks share the prefill of these prompts.
     """
     N, G, device = len(prompts), len(keys[0]), prompts[0].ids.device
     banned = vlm.banned_ids(model, tokenizer) if banned is None else banned
     stops = set(vlm.stop_ids(model, tokenizer))
-    forced_ids, most = tokenizer(forced, add_special_tokens=False).input_ids, room(tokenizer, think_budget, answer_budget, forced)
+    forced_ids, wait_ids = (tokenizer(text or "", add_special_tokens=False).input_ids for text in (forced, WAIT))
+    most = room(tokenizer, think_budget, answer_budget, forced)
 
     @lru_cache(maxsize=None)
     def piece(token):
@@ -125,7 +136,7 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     class Row:
         left: int = think_budget       # tokens it may still sample in the part it is in
         thinking: bool = True
-        queue: tuple = ()              # forced tokens still to be written
+        queue: tuple = ()              # tokens still to be written for it
         length: int = 0
         forced: bool = False
         truncated: bool = False
@@ -145,12 +156,16 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
         for r, row in enumerate(rows):
             if row.thinking and row.left == 0 and not row.done:                # time is up
                 row.thinking, row.forced, row.queue, row.left = False, True, tuple(forced_ids), answer_budget
+            elif row.thinking and row.length < think_least and not row.queue:  # too early to stop: the tag's first token betrays it
+                if picked[r] in stops or "</" in row.tail[-1:] + piece(picked[r]):
+                    row.queue, row.tail = tuple(wait_ids), ""
             own.append(not row.queue and not row.done)
             if row.done:
                 continue
             row.length += 1
             if row.queue:
                 picked[r], row.queue = row.queue[0], row.queue[1:]
+                row.left -= row.thinking
             else:
                 row.left -= 1
                 row.done = picked[r] in stops
@@ -158,7 +173,8 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
                     row.tail = row.tail[-40:] + piece(picked[r])
                     if "</think>" in row.tail:
                         row.thinking, row.left = False, answer_budget
-            if not (row.thinking or row.queue or row.left or row.done):
+            over = forced is None if row.thinking else not row.queue
+            if over and row.left == 0 and not row.done:
                 row.done = row.truncated = True
         tokens.append(picked)
         sampled.append(own)
@@ -276,27 +292,32 @@ class VLLM:
         return [(list(x.token_ids), [at[i].logprob for i, at in zip(x.token_ids, x.logprobs)]) for x in said]
 
     @torch.no_grad()
-    def sample(self, prompts, keys, think_budget, answer_budget, greedy=False, banned=None, forced=FORCED):
+    def sample(self, prompts, keys, think_budget, answer_budget, greedy=False, banned=None, forced=FORCED, think_least=0):
         """As `sample` above, with random numbers of vLLM's own, a generator for each half of each completion."""
+        if think_least:
+            raise ValueError("think_least is the torch engine's alone")
         banned, G = self.banned if banned is None else banned, len(keys[0])
-        forced_ids = self.tokenizer(forced, add_special_tokens=False).input_ids
+        forced_ids = self.tokenizer(forced or "", add_special_tokens=False).input_ids
         rows = [(prompt, key) for prompt, row in zip(prompts, keys) for key in row]
         thoughts = [([], []) for _ in rows]
         if think_budget:
             thoughts = self.write([(p, [], (*key, "thinks")) for p, key in rows], think_budget, banned, greedy, ["</think>"])
         ended = [bool(ids) and ids[-1] in self.stops for ids, _ in thoughts]
         late = [not (end or "</think>" in "".join(self.tokenizer.decode([i]) for i in ids)) for end, (ids, _) in zip(ended, thoughts)]
+        cut = [time_up and forced is None for time_up in late]
+        ended, late = [end or no for end, no in zip(ended, cut)], [time_up and not no for time_up, no in zip(late, cut)]
         heads = [ids + forced_ids * time_up for (ids, _), time_up in zip(thoughts, late)]
         answers = iter(self.write([(p, head, (*key, "answers")) for (p, key), head, end in zip(rows, heads, ended) if not end],
                                   answer_budget, banned, greedy))
         completions = []
-        for (own, logp), head, time_up, end in zip(thoughts, heads, late, ended):
+        for (own, logp), head, time_up, end, no in zip(thoughts, heads, late, ended, cut):
             answer, more = ([], []) if end else next(answers)
             ids, between = head + answer, len(head) - len(own)                 # between: what was forced
             text = self.tokenizer.decode([i for i in ids if i not in self.stops])
             completions.append(Completion(
                 torch.tensor(ids), torch.tensor([True] * len(own) + [False] * between + [True] * len(answer)),
-                torch.tensor(logp + [0.0] * between + more), text, time_up, not end and answer[-1] not in self.stops))
+                torch.tensor(logp + [0.0] * between + more), text, time_up,
+                no or not end and answer[-1] not in self.stops))
         return [completions[n * G:(n + 1) * G] for n in range(len(prompts))]
 
 
@@ -313,7 +334,7 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=Fal
 
     prompts: N; keys: N lists of G; max_tokens: the most prefix tokens, padding included, that are decoded at once;
     stage2: the prefill is shared out too (every rank must have completions to sample), else each does it for itself;
-    engine: a `VLLM` to sample with; how: `sample`'s think_budget, answer_budget, greedy. -> N lists of G `Completion`s
+    engine: a `VLLM` to sample with; how: the rest of `sample`'s arguments. -> N lists of G `Completion`s
     """
     alone = ranks.sp == 1 or engine is not None and engine.shared              # an engine over all sp ranks says the same on each
     lo, hi = (0, None) if alone else encode.shard(len(keys[0]) if keys else 0, ranks.sp_rank, ranks.sp)
@@ -347,6 +368,7 @@ def main():
     args.add_argument("--frames", type=int, default=32)
     args.add_argument("--max_pixels", type=int, default=0, help="of one frame; 0: the checkpoint's own bound")
     args.add_argument("--think_budget", type=int, default=512, help="tokens, then an answer is forced")
+    args.add_argument("--think_least", type=int, default=0, help="tokens; a thought that ends before them goes on after a forced \"Wait,\"")
     args.add_argument("--answer_budget", type=int, default=64)
     args.add_argument("--sample", type=int, default=-1, metavar="SEED", help="sample with this seed instead of greedily")
     args = args.parse_args()
@@ -355,17 +377,18 @@ def main():
         question = data.toy_sample(int(args.video.split(":")[1])).question
     if not question:
         raise ValueError("--question is missing")
-    for name, least in (("frames", 1), ("max_pixels", 0), ("think_budget", 0), ("answer_budget", 1)):
+    for name, least in (("frames", 1), ("max_pixels", 0), ("think_budget", 0), ("think_least", 0), ("answer_budget", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name}={getattr(args, name)} must be at least {least}")
     ranks = encode.start(1)
     model, tokenizer = vlm.load(args.model, ranks.device, max_pixels=args.max_pixels)
     vision, grid, seconds = vlm.encode_video(model, lambda: data.open_video(args.video, args.frames), ranks)
     prompt = vlm.make_prompt(model, tokenizer, question, vision, grid, seconds)
-    vlm.check_length(model, prompt, room(tokenizer, args.think_budget, args.answer_budget))
+    how = limits(args.think_budget, args.answer_budget, think_least=args.think_least)
+    vlm.check_length(model, prompt, room(tokenizer, **how))
     print(f"{args.video}: {grid[0]} x {grid[1]} x {grid[2]} patches, {len(vision)} vision tokens\n{question}\n")
-    [[completion]] = sample(model, tokenizer, [prompt], [[("ask", args.sample)]], args.think_budget, args.answer_budget,
-                            greedy=args.sample < 0, watch=lambda piece: print(piece, end="", flush=True))
+    [[completion]] = sample(model, tokenizer, [prompt], [[("ask", args.sample)]], greedy=args.sample < 0,
+                            watch=lambda piece: print(piece, end="", flush=True), **how)
     notes = [note for note, is_so in (("thinking budget ran out: answer forced", completion.forced),
                                       ("answer budget ran out", completion.truncated)) if is_so]
     print(f"\n\n{len(completion.tokens)} tokens" + "".join(f"; {note}" for note in notes))

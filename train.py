@@ -21,10 +21,12 @@ import difflib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -39,7 +41,7 @@ import grpo
 import model as vlm
 import rewards
 from curriculum import Curriculum, balanced, grade_line, has_signal, read_grades
-from rollout import VLLM, Completion, import_vllm, leave, rollout, room
+from rollout import VLLM, Completion, import_vllm, leave, limits, rollout, room
 
 
 @dataclass
@@ -78,8 +80,9 @@ class Config:
     tiers: bool = True             # questions half right are asked more often than the easy and the hopeless; false: all alike
     grades: str = ""               # a grades.jsonl of --mode=grade: how hard each question is, before it was ever asked
     updates_per_rollout: int = 2   # optimizer steps over disjoint groups of one rollout; with 1 the clip never acts
-    think_budget: int = 96         # tokens; then </think><answer> is written for the model
+    think_budget: int = 96         # tokens; then </think><answer> is written for the model; 0: no thoughts, in the cold start neither
     answer_budget: int = 16        # tokens after that
+    force_answer: bool = True      # false: nothing is written for it; a completion that thinks too long ends unanswered
     lr: float = 1e-4               # for a pretrained model 1e-6
     clip_low: float = 0.2
     clip_high: float = 0.28        # higher than clip_low: keeps rare tokens alive (DAPO; GLM-4.1V)
@@ -95,6 +98,9 @@ class Config:
     # looking and keeping
     eval_every: int = 20           # RL steps; also after the cold start and at the end; 0: never
     eval_samples: int = 256        # held-out samples, greedy
+    eval_frames: str = ""          # mode eval: also at these numbers of frames, "16,64,256"
+    eval_budgets: str = ""         # mode eval: also at these thinking budgets, "0,48,96"; "64-96": at least 64 tokens (s1's budget forcing)
+    pass_k: int = 0                # mode eval: pass@k of group_size sampled answers; 0: k is all of them
     show_every: int = 20           # RL steps between two whole completions on the screen; 0: never
     save_every: int = 40           # steps; also at the end of each stage
 
@@ -103,7 +109,7 @@ MOST_GAP = {"float32": 1e-3, "bfloat16": 0.1}              # between sampler and
 
 # What may differ when a run goes on: none of these changes what a step computes (sp, stage2, checkpointing, max_tokens: to float error).
 MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "checkpointing", "max_tokens", "vllm_memory",
-              "vllm_share", "rl_steps", "eval_every", "eval_samples", "show_every", "save_every"}
+              "vllm_share", "rl_steps", "eval_every", "eval_samples", "eval_frames", "eval_budgets", "pass_k", "show_every", "save_every"}
 
 
 def parse(arguments):
@@ -146,9 +152,18 @@ def check(c, ranks):
     for key in ("frames", "max_tokens", "vllm_length", "sft_batch", "prompts_per_step", "updates_per_rollout", "answer_budget", "save_every"):
         if getattr(c, key) < 1:
             raise ValueError(f"{key} = {getattr(c, key)} must be at least 1")
-    for key in ("seed", "max_pixels", "think_budget", "align_steps", "sft_steps", "rl_steps", "warmup", "eval_every", "eval_samples", "show_every"):
+    for key in ("seed", "max_pixels", "think_budget", "align_steps", "sft_steps", "rl_steps", "warmup", "eval_every", "eval_samples", "pass_k", "show_every"):
         if getattr(c, key) < 0:
             raise ValueError(f"{key} = {getattr(c, key)} must not be negative")
+    if c.pass_k > c.group_size:
+        raise ValueError(f"pass_k = {c.pass_k} is more than group_size = {c.group_size}: pass@k is estimated from group_size answers")
+    if not (c.force_answer or c.think_budget):
+        raise ValueError("think_budget = 0 and force_answer = false leave no answer: no thought, and nothing written after it")
+    for frames, least, most in sweep(c):
+        if frames < 1 or not 0 <= least <= most:
+            raise ValueError(f"--eval_frames={c.eval_frames} --eval_budgets={c.eval_budgets}: frames are at least 1, a budget at least 0")
+        if least and c.rollout != "torch":
+            raise ValueError(f"--eval_budgets={c.eval_budgets}: a least budget is the torch engine's alone; leave out --rollout")
     if not 1 <= c.oversample_cap < math.inf:
         raise ValueError(f"oversample_cap = {c.oversample_cap} must be a number from 1 up")
     if not c.cache_gb >= 0:                                # not a number, too
@@ -157,6 +172,22 @@ def check(c, ranks):
                       ("vllm_memory", 1)):
         if not (0 <= getattr(c, key) <= most and math.isfinite(getattr(c, key))):
             raise ValueError(f"{key} = {getattr(c, key)} must be a number from 0" + (f" to {most}" if most == 1 else " up"))
+
+
+def budgets(c):
+    """How answers are sampled: what `rollout.sample` is given."""
+    return limits(c.think_budget, c.answer_budget, c.force_answer)
+
+
+def sweep(c):
+    """What mode eval looks at besides the run's own setting. -> [(frames, least, most tokens of thinking)]. Raises ValueError"""
+    frames = [re.fullmatch(r"(\d+)", x) for x in c.eval_frames.split(",") if x]
+    spans = [re.fullmatch(r"(?:(\d+)-)?(\d+)", x) for x in c.eval_budgets.split(",") if x]
+    if None in frames + spans:
+        raise ValueError(f"--eval_frames={c.eval_frames} --eval_budgets={c.eval_budgets}: whole numbers with commas between, "
+                         "a budget also as LEAST-MOST")
+    frames, spans = [int(x[1]) for x in frames], [(int(x[1] or 0), int(x[2])) for x in spans]
+    return [(f, *span) for f in frames or [c.frames] for span in spans or [(0, c.think_budget)]] if frames or spans else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +257,7 @@ def make_prompts(model, tokenizer, samples, c, ranks, cache, ahead=None):
             return e
 
     keys = encode.led(lambda: [named(s) for s in samples], ranks)               # one question a step: each costs as much as many frames
-    made, dropped, most = [], {}, room(tokenizer, c.think_budget, c.answer_budget)
+    made, dropped, most = [], {}, room(tokenizer, **budgets(c))
     for sample, key in zip(samples, keys):
         try:
             seen = see(model, sample.video, key, c, ranks, cache, ahead)
@@ -393,45 +424,93 @@ def grpo_step(model, groups, c, ranks, banned, divisor):
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluation
 
-def evaluate(model, tokenizer, samples, c, ranks, cache, engine=None, k=0):
-    """Greedy accuracy and format on held-out samples, per domain too; with k, pass@1 and pass@k of k sampled answers.
+def pass_at(k, accuracies):
+    """The best of k answers, on average over all ways to choose k of these n. Unbiased; of answers right or wrong it is
+    1 - C(n - right, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374). Raises ValueError for k above n.
 
+    >>> pass_at(1, [1, 0, 0, 0]), pass_at(2, [1, 0, 0, 0])
+    (0.25, 0.5)
+    """
+    n = len(accuracies)
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {n} answers: k is 1 to {n}")
+    return sum(a * math.comb(i, k - 1) for i, a in enumerate(sorted(accuracies))) / math.comb(n, k)    # the i below it come with it
+
+
+def evaluate(model, tokenizer, samples, c, ranks, cache, engine=None, k=0, grades=None, think_least=0):
+    """Greedy accuracy and format on held-out samples, per domain too; with k, pass@1 and pass@k of group_size sampled answers.
+
+    grades: {id: (correct, total)}, by which accuracy is told per tier of difficulty; none: the answers sampled here serve.
     Samples are dealt over the dp groups. One that cannot be read is dropped and counted. -> dict on every rank
     """
     rows = []
     share = list(range(ranks.dp_rank, len(samples), ranks.dp))
     made, dropped = make_prompts(model, tokenizer, [samples[i] for i in share], c, ranks, cache)
-    how = {"engine": engine, "think_budget": c.think_budget, "answer_budget": c.answer_budget}
     # Greedy decoding has nothing to share out in a group: each sp rank takes its own part of the prompts.
     alone, together = encode.Ranks(device=ranks.device), engine is not None and engine.shared
     mine = made if together else made[ranks.sp_rank::ranks.sp]
-    greedy = rollout(model, tokenizer, [p for _, p in mine], [[("greedy",)] for _ in mine], alone, c.max_tokens, greedy=True, **how)
-    keys = [[(c.seed, "eval", s.id, n) for n in range(k)] for s, _ in mine]
-    sampled = rollout(model, tokenizer, [p for _, p in mine], keys, alone, c.max_tokens, **how) if k else [[] for _ in mine]
+    prompts = [p for _, p in mine]
+    greedy = rollout(model, tokenizer, prompts, [[("greedy",)] for _ in mine], alone, c.max_tokens, engine=engine, greedy=True,
+                     **budgets(c) | {"think_least": think_least})
+    keys = [[(c.seed, "eval", s.id, n) for n in range(c.group_size)] for s, _ in mine]
+    sampled = rollout(model, tokenizer, prompts, keys, alone, c.max_tokens, engine=engine, **budgets(c)) if k else [[] for _ in mine]
     for (s, _), [x], xs in zip(mine, greedy, sampled) if not (together and ranks.sp_rank) else ():
         if isinstance(verified := verify(s, [x, *xs], c), str):
             dropped[s.id] = verified
             continue
         first, *others = verified
-        rows.append((s.domain, first.accuracy, first.format, x.forced, sum(other.accuracy for other in others)))
+        rows.append((s.id, s.domain, first.accuracy, first.format, x.forced, x.truncated, len(x.tokens), [o.accuracy for o in others]))
     rows = [row for part in gather(rows, ranks) for row in part]
     lost = {id: why for part in gather(dropped, ranks) for id, why in part.items()}
     if not rows:
         return {"samples": 0, "dropped": len(lost), "why": next(iter(lost.values()), "no samples are held out")}
-    mean = lambda xs: sum(xs) / len(xs)
-    result = {"samples": len(rows), "dropped": len(lost), "accuracy": mean([r[1] for r in rows]), "format": mean([r[2] for r in rows]),
-              "forced": mean([float(r[3]) for r in rows])}
+    mean = lambda xs: sum(xs) / len(xs) if xs else 0.0
+    result = {"samples": len(rows), "dropped": len(lost), "frames": c.frames, "think_budget": c.think_budget, "think_least": think_least,
+              **{name: mean([float(r[n]) for r in rows]) for n, name in
+                 ((2, "accuracy"), (3, "format"), (4, "forced"), (5, "truncated"), (6, "length"))},
+              "forced_accuracy": mean([r[2] for r in rows if r[4]])}
     if k:
-        result |= {"pass@1": mean([r[4] / k for r in rows]), f"pass@{k}": mean([float(r[4] > 0) for r in rows])}
-    result["domains"] = {d: mean([r[1] for r in rows if r[0] == d]) for d in sorted({r[0] for r in rows})}
-    return result
+        result |= {f"pass@{n}": mean([pass_at(n, r[7]) for r in rows]) for n in (1, k)}
+    result["domains"] = {d: mean([r[2] for r in rows if r[1] == d]) for d in sorted({r[1] for r in rows})}
+    known = Curriculum([r[0] for r in rows], c.seed, grades or {r[0]: (sum(r[7]), len(r[7])) for r in rows if r[7]})
+    tiers = [[r[2] for r in rows if r[0] in known.recent and known.tier(r[0]) == t] for t in range(5)]
+    return result | {"tiers": [{"samples": len(tier), "accuracy": mean(tier)} for tier in tiers]} if known.recent else result
+
+
+def sweep_table(results):
+    """Text, a line for each of evaluate's results."""
+    lines = ["frames  thinking tokens  accuracy  format  forced  of these right  tokens an answer"]
+    for r in results:
+        span = f"{r['think_least']}-{r['think_budget']}" if r["think_least"] else r["think_budget"]
+        lines.append(f"{r['frames']:6d} {span:>16} {r['accuracy']:9.1%} {r['format']:7.1%} {r['forced']:7.1%} "
+                     + (f"{r['forced_accuracy']:15.1%}" if r["forced"] else f"{'-':>15}") + f" {r['length']:17.1f}")
+    return "\n".join(lines)
+
+
+def draw_sweep(results, path):
+    """Accuracy against thinking tokens, a line for each number of frames; or against frames, where these alone vary."""
+    from matplotlib.figure import Figure
+    axis, budgets = Figure(figsize=(6, 4), layout="constrained").subplots(), {r["think_budget"] for r in results}
+    if len(budgets) > 1:
+        for i, frames in enumerate(sorted({r["frames"] for r in results})):
+            for least, mark in ((False, "o-"), (True, "^:")):
+                line = sorted((r["length"] if least else r["think_budget"], r["accuracy"]) for r in results
+                              if r["frames"] == frames and bool(r["think_least"]) == least)
+                if line:
+                    axis.plot(*zip(*line), mark, color=f"C{i}", label=f"{frames} frames" + ", thinking made longer" * least)
+        axis.legend(frameon=False)
+    else:
+        axis.plot(*zip(*sorted((r["frames"], r["accuracy"]) for r in results)), "o-")
+    axis.set(title="held-out accuracy, greedy", xlabel="most tokens of thinking" if len(budgets) > 1 else "frames", ylim=(0, 1))
+    axis.figure.savefig(path, dpi=100)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # grading: how hard is each question for a model, before training (GLM-4.1V §5.3: offline pass@k)
 
 def grade(model, tokenizer, samples, c, ranks, cache, engine, say):
-    """Sample group_size answers to every sample that out_dir/grades.jsonl does not have yet, and add a line for each.
+    """Sample group_size answers to every sample that out_dir/grades.jsonl does not have yet, and add a line for each. Those held
+    out come first: training does not look at their grades, an evaluation tells accuracy by them.
 
     prompts_per_step samples at a time are dealt over the dp groups; one that cannot be read is named and gets no line.
     """
@@ -449,8 +528,7 @@ def grade(model, tokenizer, samples, c, ranks, cache, engine, say):
         part = todo[at:at + c.prompts_per_step]
         made, dropped = make_prompts(model, tokenizer, part[ranks.dp_rank::ranks.dp], c, ranks, cache)
         keys = [[(c.seed, "grade", s.id, n) for n in range(c.group_size)] for s, _ in made]
-        answers = rollout(model, tokenizer, [p for _, p in made], keys, ranks, c.max_tokens, c.stage2, engine,
-                          think_budget=c.think_budget, answer_budget=c.answer_budget)
+        answers = rollout(model, tokenizer, [p for _, p in made], keys, ranks, c.max_tokens, c.stage2, engine, **budgets(c))
         verified = encode.led(lambda: [verify(s, xs, c) for (s, _), xs in zip(made, answers)], ranks)
         dropped |= {s.id: why for (s, _), why in zip(made, verified) if isinstance(why, str)}
         right = {s.id: sum(x.accuracy for x in graded) for (s, _), graded in zip(made, verified) if not isinstance(graded, str)}
@@ -538,6 +616,7 @@ def main(c):
         rewards.VERIFIERS[domain] = rewards.load_verifier(where)
     samples = data.load(c.data, c.video_dir)
     train, held = (samples, data.load(c.eval_data, c.video_dir)) if c.eval_data else data.split(samples)
+    graded = (held if c.mode == "eval" else train) if c.eval_data else held + train            # what grades are of
     held = held[:c.eval_samples]
     if not held:
         say("no sample is held out: nothing will be evaluated (give --eval_data, or more videos)")
@@ -549,7 +628,7 @@ def main(c):
         say(f"{len(hopeless)} samples have an answer that their own verifier does not accept, so nobody can be right: "
             + ", ".join(hopeless[:5]) + (", ..." if len(hopeless) > 5 else ""))
     by_id = {s.id: s for s in train}
-    grades = read_grades(c.grades, samples) if c.grades else {}
+    grades = read_grades(c.grades, graded) if c.grades else {}
     cache, ahead = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write), data.Ahead(c.frames)
 
     def load(name):
@@ -561,16 +640,22 @@ def main(c):
     if c.mode == "eval":
         model, tokenizer = load(c.model)
         engine = start_engine(c, c.model, model, tokenizer, ranks)
-        result = evaluate(model, tokenizer, held, c, ranks, cache, engine, c.group_size)
+        result = evaluate(model, tokenizer, held, c, ranks, cache, engine, c.pass_k or c.group_size, grades)
         if not result["samples"]:
             raise ValueError(f"no sample could be evaluated: {result['why']}")
+        rows = [evaluate(model, tokenizer, held, replace(c, frames=frames, think_budget=most), ranks, cache, engine, think_least=least)
+                for frames, least, most in tqdm(sweep(c), desc="eval", disable=ranks.rank != 0 or not sweep(c))]
         if ranks.rank == 0:
-            print(json.dumps(result), flush=True)
+            if rows:
+                os.makedirs(c.out_dir, exist_ok=True)
+                draw_sweep(rows, os.path.join(c.out_dir, "eval.png"))
+                print(sweep_table(rows) + f"\n{c.out_dir}/eval.png")
+            print(json.dumps(result | {"rows": rows} if rows else result), flush=True)
         return
 
     if c.mode == "grade":
         model, tokenizer = load(c.model)
-        grade(model, tokenizer, train, c, ranks, cache, start_engine(c, c.model, model, tokenizer, ranks), say)
+        grade(model, tokenizer, graded, c, ranks, cache, start_engine(c, c.model, model, tokenizer, ranks), say)
         return
 
     # Load: from the newest checkpoint of this run, or else from the start.
@@ -666,7 +751,8 @@ def main(c):
             return {}
         say(f"{stage} {step}: held-out accuracy {result['accuracy']:.1%}, format {result['format']:.1%}, "
             + ", ".join(f"{d} {a:.1%}" for d, a in result["domains"].items()) + f" ({result['samples']} samples)")
-        return {"eval_accuracy": result["accuracy"], "eval_format": result["format"]}
+        return {"eval_accuracy": result["accuracy"], "eval_format": result["format"],
+                **{f"eval_accuracy_{d}": a for d, a in result["domains"].items()}}
 
     # Align and cold start: next-token loss on given texts. Only a tower made from nothing trains, and only here.
     made = c.model == "tiny"
@@ -689,7 +775,7 @@ def main(c):
             else:                                          # the sp ranks encode together, then each trains on its part
                 prompts, dropped = make_prompts(model, tokenizer, batch[ranks.dp_rank::ranks.dp], c, ranks, cache, ahead)
                 prompts = prompts if stage2 else prompts[ranks.sp_rank::ranks.sp]
-            texts = [s.thought if stage == "align" else data.taught_text(s) for s, _ in prompts]
+            texts = [s.thought if stage == "align" else data.taught_text(s, c.think_budget > 0) for s, _ in prompts]
             drop(curriculum, dropped)
             if not made and step + 1 < steps:
                 coming = [by_id[id] for id in curriculum.peek(c.sft_batch)]
@@ -759,8 +845,7 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
     again = {i: sum(s.id == drawn[i].id for s in drawn[:i]) for i in slots}
     keys = [[(c.seed, step, drawn[i].id, again[i] * c.group_size + n) for n in range(c.group_size)] for i in slots]
     with clock("rollout"):
-        answers = rollout(model, tokenizer, [p for _, p in made], keys, ranks, c.max_tokens, c.stage2, engine,
-                          think_budget=c.think_budget, answer_budget=c.answer_budget)
+        answers = rollout(model, tokenizer, [p for _, p in made], keys, ranks, c.max_tokens, c.stage2, engine, **budgets(c))
     with clock("verify"):                                  # once for all sp ranks: a verifier may ask a model
         verified = encode.led(lambda: [verify(s, xs, c) for (s, _), xs in zip(made, answers)], ranks)
     groups, stats = [], {}
@@ -772,8 +857,8 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
         if isinstance(graded, str):
             continue
         groups.append(Group(i, sample, prompt, xs, graded, grpo.advantages(torch.tensor([g.total for g in graded]))))
-        stats[i] = [(g.total, g.accuracy, g.format, len(x.tokens), int(x.sampled.sum()), x.forced, x.truncated)
-                    for g, x in zip(graded, xs)]
+        stats[i] = [(g.total, g.accuracy, g.format, len(x.tokens), int(x.sampled.sum()), x.forced, x.truncated,
+                     rewards.extract_answer(x.text)) for g, x in zip(graded, xs)]
     stats = {i: rows for part in gather(stats, ranks) for i, rows in part.items()}             # of all dp groups
     accuracies = {i: [row[1] for row in rows] for i, rows in sorted(stats.items())}
     for i, a in accuracies.items():
@@ -814,6 +899,12 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
     rows = [row for i in stats for row in stats[i]]
     mean = lambda xs: sum(xs) / len(xs) if xs else 0.0
     tokens = max(1.0, sums.get("tokens", 0.0))
+    domains = {}
+    for domain in sorted({drawn[i].domain for i in stats}):
+        own = [row for i in stats if drawn[i].domain == domain for row in stats[i]]
+        commonest = Counter(row[7] for row in own).most_common(1)[0][1]        # where one answer pays for all, a verifier is fooled
+        domains |= {f"accuracy_{domain}": mean([row[1] for row in own]), f"length_{domain}": mean([row[3] for row in own]),
+                    f"same_answer_{domain}": commonest / len(own)}
     return {**{k: mean([float(row[n]) for row in rows]) for n, k in
                ((0, "reward"), (1, "accuracy"), (2, "format"), (3, "length"), (5, "forced"), (6, "truncated"))},
             "entropy": sums.get("entropy", 0.0) / tokens, "clip_low": sums.get("clip_low", 0.0) / tokens,
@@ -821,7 +912,7 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
             "oversample": asked / c.prompts_per_step, "invalid_rate": 1 - signal / len(accuracies) if accuracies else 0.0,
             "sampler_gap": first["gap"] / max(1.0, first["tokens"]) if first else 0.0,
             "sampler_gap_max": first["gap_max"] if first else 0.0, "skipped": skipped, "dropped": len(curriculum.dropped),
-            "unscored": len(unscored), "grad_norm": mean(norms), **{f"{k}_s": round(v, 4) for k, v in clock.seconds.items()}}
+            "unscored": len(unscored), **domains, "grad_norm": mean(norms), **{f"{k}_s": round(v, 4) for k, v in clock.seconds.items()}}
 
 
 def draw_curves(lines, path):

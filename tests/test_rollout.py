@@ -25,6 +25,7 @@ from transformers import DynamicCache
 import data
 import encode
 import model as vlm
+import rewards
 import rollout
 
 ROOT = Path(__file__).parent.parent
@@ -473,6 +474,60 @@ def test_the_answer_budget_is_given_once(tiny, prompts, monkeypatch):
     natural, forced = play(monkeypatch, tiny, prompts, [["so", *close] + close * 9, WORDS[:8] + close * 9], 8, 7)
     assert (len(natural.tokens), natural.forced, natural.truncated) == (4 + 7, False, True)
     assert (len(forced.tokens), forced.forced, forced.truncated) == (8 + 5 + 7, True, True)
+
+
+def test_without_force_a_thinker_out_of_time_ends_unanswered(tiny, prompts, monkeypatch):
+    """Nothing is written, every token is its own; who ends its thoughts in time is who it is with force."""
+    said = [["so", "</", "think", ">", "red", "<|im_end|>"], ["so", "<|im_end|>"]]
+    for think in (7, 1):
+        x, *others = play(monkeypatch, tiny, prompts, [WORDS] + said, think, 4, forced=None)
+        assert x.tokens.tolist() == ids_of(tiny[1], WORDS[:think]) and bool(x.sampled.all()) and x.truncated and not x.forced
+    for a, b in zip(others, play(monkeypatch, tiny, prompts, [WORDS] + said, 1, 4)[1:]):
+        assert a.truncated and b.forced                    # one token is too short for both
+    for a, b in zip(*(play(monkeypatch, tiny, prompts, said, 7, 4, forced=forced) for forced in (None, rollout.FORCED))):
+        assert torch.equal(a.tokens, b.tokens) and (a.forced, a.truncated, a.text) == (b.forced, b.truncated, b.text)
+    assert rollout.room(tiny[1], **rollout.limits(7, 4, force=False)) == 11
+
+
+def test_no_time_at_all_is_an_empty_thought_written_whole(tiny, prompts, monkeypatch):
+    """What the cold start of think_budget = 0 teaches, and a form that `rewards` accepts."""
+    written = rollout.limits(0, 9)["forced"]
+    forced = tiny[1](written, add_special_tokens=False).input_ids
+    [x] = play(monkeypatch, tiny, prompts, [["?"] * len(forced) + ["red", "</", "answer", ">", "<|im_end|>"]], 0, 9, forced=written)
+    assert x.text == "<think></think><answer>red</answer>" == data.taught_text(data.Sample("", "", "red", "", "", "a thought"), False)
+    assert rewards.score(x.text, "red", "open").total == 1 and x.forced and not x.truncated
+    assert written == "<think></think><answer>" and x.sampled.tolist() == [False] * len(forced) + [True] * 5
+    assert len(x.tokens) <= rollout.room(tiny[1], **rollout.limits(0, 9))
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_a_thought_that_would_end_too_early_goes_on(tiny, prompts, monkeypatch, cut):
+    """Where the tag begins WAIT is written, not sampled, and it counts as thinking; from think_least tokens on it may end."""
+    wait = tiny[1](rollout.WAIT, add_special_tokens=False).input_ids
+    at = next(i for i in range(len(cut)) if "</" in "".join(cut[:i + 1]).replace("Ġ", " "))                # its first token to show
+    after, close = 2 + at + len(wait), ["</", "think", ">", "red", "<|im_end|>"]
+    row = ["so", "the", *cut[:at], *["?"] * len(wait), "is", *close]
+    row[2 + at] = cut[at]
+    x, natural = play(monkeypatch, tiny, prompts, [row, ["so", *close]], 40, 4, think_least=after + 1)
+    expected = ids_of(tiny[1], row)
+    expected[2 + at:after] = wait
+    assert x.tokens.tolist() == expected and not x.forced and not x.truncated
+    assert x.sampled.tolist() == [True] * (2 + at) + [False] * len(wait) + [True] * 6
+    assert bool((x.logprobs[~x.sampled] == 0).all()) and x.text.count("</think>") == 1
+    assert natural.text.startswith("so" + rollout.WAIT) and natural.text.count("</think>") <= 1
+
+
+def test_thinking_made_longer_ends_with_its_budget(tiny, prompts, monkeypatch):
+    """A model that wants to stop at every step, by the tag or by the end of its turn: never more than think_budget tokens, then
+    the forced answer; and with no least it is what it always was."""
+    for stop in ("</", "<|im_end|>"):
+        for think in (5, 6, 7, 20):
+            [x] = play(monkeypatch, tiny, prompts, [[stop] * 40], think, 4, think_least=think)
+            assert x.forced and x.tokens[think:think + 5].tolist() == tiny[1](rollout.FORCED, add_special_tokens=False).input_ids
+            assert not x.sampled[:think + 5].any() and len(x.tokens) <= think + 5 + 4
+    plain = flat(rollout.sample(*tiny, prompts, keys(3, 4), 7, 12))
+    for a, b in zip(plain, flat(rollout.sample(*tiny, prompts, keys(3, 4), 7, 12, think_least=0))):
+        assert torch.equal(a.tokens, b.tokens)
 
 
 @pytest.mark.parametrize("said, think, answer", [

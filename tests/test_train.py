@@ -4,6 +4,7 @@ Whole runs, small enough for two cores: videos of one event, answers of a dozen 
 sixteen steps of cold start give groups with signal. One run of two ranks under torchrun is shared by most tests.
 """
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -230,6 +231,7 @@ def test_the_logged_numbers_mean_what_they_say(run):
         assert r["sampler_gap"] < 1e-5 and r["sampler_gap_max"] < 1e-4              # sampler and trainer are one distribution
         assert 0 <= r["valid_groups"] <= SMALL["prompts_per_step"] and r["skipped"] == 0
         assert (r["grad_norm"] > 0) == (r["valid_groups"] > 0)
+        assert r["accuracy_choice"] == r["accuracy"] and r["length_choice"] == r["length"] and 0.25 <= r["same_answer_choice"] <= 1
     assert sum(r["valid_groups"] for r in metrics(run.dir, "rl")) > 7               # or the tests below would test nothing
     assert all(r["eval_accuracy"] in (0, 0.25, 0.5, 0.75, 1) for r in rows if "eval_accuracy" in r)
 
@@ -609,6 +611,59 @@ def test_a_step_all_of_whose_videos_are_bad_is_empty_and_the_run_goes_on(run, tm
     refused({**how, "out_dir": f"{out}-none"}, "no sample is left")
 
 
+def test_pass_at_k_is_the_mean_over_all_choices_of_k_answers():
+    """By counting, for right and wrong and for what is in between; 1 - C(n-c,k)/C(n,k) where it is right or wrong."""
+    for accuracies in ([1, 0, 0, 1, 0], [0.0] * 4, [1.0] * 3, [0.2, 0.9, 0.0, 0.9, 1.0, 0.4]):
+        n, right = len(accuracies), sum(a == 1 for a in accuracies)
+        for k in range(1, n + 1):
+            choices = [max(chosen) for chosen in itertools.combinations(accuracies, k)]
+            assert train.pass_at(k, accuracies) == pytest.approx(sum(choices) / len(choices))
+            if set(accuracies) <= {0, 1}:
+                assert train.pass_at(k, accuracies) == pytest.approx(1 - math.comb(n - right, k) / math.comb(n, k))
+    for k in (0, 4):
+        with pytest.raises(ValueError, match=f"pass@{k} of 3 answers: k is 1 to 3"):
+            train.pass_at(k, [1, 0, 1])
+
+
+def test_eval_looks_at_every_budget_and_number_of_frames_asked_for(run, files, tmp_path, capsys):
+    """A row each, what an evaluation with that setting alone says; a table, a picture; tiers by grades or by its own answers."""
+    how = {**run.how, "mode": "eval", "model": run.model, "out_dir": tmp_path / "out"}
+
+    def result(**more):
+        alone(**{**how, **more})
+        return json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+
+    whole = result(eval_frames="1,2", eval_budgets="0,3,5-8", pass_k=2)
+    settings = [(f, least, most) for f in (1, 2) for least, most in ((0, 0), (0, 3), (5, 8))]
+    assert [(r["frames"], r["think_least"], r["think_budget"]) for r in whole["rows"]] == settings
+    with Image.open(tmp_path / "out" / "eval.png") as image:
+        assert image.width > 300 and len(np.unique(np.asarray(image.convert("L")))) > 10
+    for row in whole["rows"]:
+        if not row["think_least"]:
+            single = result(frames=row["frames"], think_budget=row["think_budget"])
+            assert {k: single[k] for k in row.keys() - {"rows", "tiers"}} == {k: row[k] for k in row.keys() - {"rows", "tiers"}}
+    base = result()
+    assert base["pass@1"] <= whole["pass@2"] <= base["pass@4"] and {k: whole[k] for k in ("accuracy", "pass@1")} == {k: base[k] for k in ("accuracy", "pass@1")}
+    assert sum(t["samples"] for t in base["tiers"]) == 4 == base["samples"]
+    assert sum(t["samples"] * t["accuracy"] for t in base["tiers"]) == pytest.approx(4 * base["accuracy"])
+    held = [s.id for s in data.load(files.eval_data)]
+    lines = "".join(json.dumps({"id": id, "correct": 8 * (i > 0), "total": 8}) + "\n" for i, id in enumerate(held[:3]))
+    told = result(grades=write_text(tmp_path / "grades.jsonl", lines))
+    assert [t["samples"] for t in told["tiers"]] == [1, 0, 0, 0, 2]            # the fourth has no grade
+    assert all(r["forced"] == 1 and r["length"] > 8 for r in whole["rows"] if not r["think_budget"])
+
+
+def test_without_force_no_thought_that_was_cut_earns_anything(run, tmp_path, capsys):
+    """GLM-4.1V §5.3.1: with force the same cut thoughts are answered, and graded as any answer."""
+    results = []
+    for force in ("true", "false"):
+        alone(**{**run.how, "mode": "eval", "model": run.model, "think_budget": 3, "force_answer": force, "out_dir": tmp_path / "out"})
+        results.append(json.loads(capsys.readouterr().out.strip().split("\n")[-1]))
+    forced, cut = results
+    assert forced["forced"] == 1 and forced["accuracy"] == forced["forced_accuracy"] >= 0.25 and forced["truncated"] == 0
+    assert cut["forced"] == 0 and cut["truncated"] == 1 and cut["accuracy"] == cut["format"] == cut["pass@4"] == 0
+
+
 def test_eval_prints_one_line_of_json_last(run, files, tmp_path, capsys):
     path = write(tmp_path / "e.jsonl", *map(question, range(50, 53)), question(0, answer="7"), question(9, id="gone", video="missing.mp4"))
     alone(**{**run.how, "mode": "eval", "model": run.model, "eval_data": path, "eval_samples": 9, "out_dir": tmp_path / "out"})
@@ -723,6 +778,10 @@ def test_a_bad_argument_is_named(argument, says):
     (dict(group_size=1), "group_size = 1: a group needs at least 2"), (dict(group_size=0), "group_size = 0"),
     (dict(group_size=-4), "group_size = -4"), (dict(group_size=9), "group_size = 9 is not divisible by sp = 2"),
     (dict(prompts_per_step=5), "prompts_per_step = 5 is not divisible by the 3 dp groups"),
+    (dict(pass_k=9), "pass_k = 9 is more than group_size = 8"), (dict(think_budget=0, force_answer=False), "leave no answer"),
+    (dict(eval_frames="16,x"), "whole numbers"), (dict(eval_budgets="1-2-3"), "whole numbers"), (dict(eval_budgets="-4"), "whole numbers"),
+    (dict(eval_budgets="9-4"), "--eval_budgets=9-4"), (dict(eval_frames="0"), "frames are at least 1"),
+    (dict(eval_budgets="4-9", rollout="vllm"), "torch engine's alone"),
     *[(dict(oversample_cap=cap), "oversample_cap = ") for cap in (0.9, -1.0, math.nan, math.inf)],
     *[({key: 0}, f"{key} = 0 must be at least 1") for key in ("frames", "max_tokens", "vllm_length", "sft_batch", "prompts_per_step",
                                                               "updates_per_rollout", "answer_budget", "save_every")],

@@ -98,6 +98,16 @@ def test_greedy_is_the_torch_engines_forced_answers_too(engine, ours, prompts, t
         assert torch.allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
+def test_without_force_the_same_end_unanswered(engine, ours, prompts):
+    """The greedy thoughts that ran out of time, by both engines."""
+    a, b = both(engine, ours, prompts, think_budget=4, answer_budget=6, forced=None)
+    for x, y in zip(a, b):
+        assert x.tokens.tolist() == y.tokens.tolist() and (x.text, x.forced, x.truncated) == (y.text, y.forced, y.truncated)
+    assert any(x.truncated and len(x.tokens) == 4 for x in a) and not any(x.forced for x in a)
+    with pytest.raises(ValueError, match="torch engine"):
+        list(both(engine, ours, prompts, think_budget=4, answer_budget=6, think_least=2))
+
+
 def test_banned_ids_are_never_sampled_and_the_rest_share_their_probability(engine, ours, prompts):
     """The 20 likeliest first tokens are banned, in both engines and in the trainer."""
     model, tokenizer = ours
