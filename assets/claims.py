@@ -1,0 +1,251 @@
+"""
+The claims table: which of both papers' claims are seen on the built-in videos. Small runs, three seeds.
+
+    python assets/claims.py OUT                  makes what is missing, two runs at a time on a core each, and prints the tables
+    python assets/claims.py OUT base kl          only these rows' runs
+
+A row of RUNS is a run: the one whose checkpoint it starts from, and train.py's arguments. A run that was stopped goes on,
+one that is whole is not made again; its command stands in OUT/NAME-SEED.log.
+"""
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SEEDS = (0, 1, 2)
+RL = "--sft_steps=0 --rl_steps=20 --prompts_per_step=16 --eval_every=4 --show_every=0"
+FIVE = "--data=toy:plot,temporal,spatial,reading,grounding"
+LONG = "--data=toy:long --frames=64"
+
+RUNS = {
+    "cold": ("", "--rl_steps=0"),
+    "half": ("", "--rl_steps=0 --sft_steps=190"),
+    "blank": ("", "--rl_steps=0 --sft_steps=0"),
+    "base": ("cold", RL),
+    "higher": ("cold", f"{RL} --updates_per_rollout=8"),
+    "symmetric": ("cold", f"{RL} --updates_per_rollout=8 --clip_high=0.2"),
+    "kl": ("cold", f"{RL} --kl=0.04"),                     # of a copy of the code with assets/kl.diff applied
+    "tight": ("cold", f"{RL} --think_budget=60"),
+    "unforced": ("cold", f"{RL} --think_budget=60 --force_answer=false"),
+    "uniform": ("cold", f"{RL} --tiers=false --oversample_cap=1"),
+    "plain": ("cold", f"{RL} --oversample_cap=1"),
+    "token": ("cold", f"{RL} --loss_average=token"),
+    "short": ("half", RL),
+    "none": ("blank", RL),
+    "hacked": ("cold", f"{RL} --verifiers=count=assets/hackable.py:judge"),
+    "cold-long": ("", f"--rl_steps=0 {LONG}"),
+    "thinks": ("cold-long", f"{RL} {LONG}"),
+    "cold-once": ("", f"--rl_steps=0 {LONG} --think_budget=0"),
+    "once": ("cold-once", f"{RL} {LONG} --think_budget=0"),
+    "cold-five": ("", f"--rl_steps=0 {FIVE}"),
+    "five": ("cold-five", f"{RL} {FIVE}"),
+    "counting": ("cold-five", f"{RL} --data=toy:plot"),
+    "places": ("cold-five", f"{RL} --data=toy:temporal,spatial"),
+    "reading": ("cold-five", f"{RL} --data=toy:reading"),
+    "boxes": ("cold-five", f"{RL} --data=toy:grounding"),
+}
+FRAMES = (16, 32, 64, 128, 256)
+LOOKS = {                            # evaluations of a run's checkpoint afterwards
+    "hacked": "", "base": "--eval_budgets=0,24,48,60,72,96,72-128,96-128",
+    "thinks": f"{LONG} --eval_frames={','.join(map(str, FRAMES))}",
+    "once": f"{LONG} --think_budget=0 --eval_frames={','.join(map(str, FRAMES))}",
+    **{name: f"{FIVE} --eval_samples=512" for name in ("cold-five", "five", "counting", "places", "reading", "boxes")},
+}
+
+
+def main(out, names):
+    os.makedirs(out, exist_ok=True)
+    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def call(name, seed, log, arguments, code=ROOT):
+        command = [sys.executable, "train.py", f"--seed={seed}", *arguments.split()]
+        with open(log, "a") as f:
+            print("python", *command[1:], file=f, flush=True)
+            subprocess.run(command, cwd=code, env=one_core, stdout=f, stderr=f, check=True)
+
+    def make(job):
+        name, seed = job
+        start, arguments = RUNS[name]
+        where, code = os.path.join(out, f"{name}-{seed}"), ROOT
+        if not os.path.exists(f"{where}.done"):
+            if name == "kl":
+                code = os.path.join(out, f"kl-code-{seed}")
+                shutil.copytree(ROOT, code, ignore=shutil.ignore_patterns(".git", "out*", "tests"), dirs_exist_ok=True)
+                subprocess.run(["git", "apply", os.path.join(ROOT, "assets", "kl.diff")], cwd=code, check=True)
+            model = f" --model={out}/{start}-{seed}/model" if start else ""
+            call(name, seed, f"{where}.log", f"{arguments}{model} --out_dir={where} --save_every=1000", code)
+            open(f"{where}.done", "w").close()
+        if name in LOOKS and not os.path.exists(f"{where}.json"):
+            call(name, seed, f"{where}.eval", f"--mode=eval {LOOKS[name]} --model={where}/model --out_dir={where}")
+            with open(f"{where}.eval") as f, open(f"{where}.json", "w") as g:
+                g.write(f.read().strip().rpartition("\n")[2])
+        print(name, seed, flush=True)
+
+    for first in (True, False):                            # the checkpoints first, then what starts from them
+        jobs = [(name, seed) for seed in SEEDS for name in names if (not RUNS[name][0]) == first]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(make, jobs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the runs say: each function gives a number a seed
+
+def rows(name, seed):
+    with open(f"{OUT}/{name}-{seed}/metrics.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+def look(name, seed):
+    with open(f"{OUT}/{name}-{seed}.json") as f:
+        return json.load(f)
+
+
+def rl(name, seed):
+    return [r for r in rows(name, seed) if r["stage"] == "rl"]
+
+
+def accuracy(name, seed):
+    """Held out, greedy, at the end."""
+    return 100 * [r["eval_accuracy"] for r in rows(name, seed) if "eval_accuracy" in r][-1]
+
+
+def entropy(name, seed):
+    """Of the sampled tokens, mean of the last five steps."""
+    return statistics.mean(r["entropy"] for r in rl(name, seed)[-5:])
+
+
+def useful(name, seed):
+    """Groups trained on, of 100 sampled."""
+    return 100 * sum(r["valid_groups"] for r in rl(name, seed)) / (16 * sum(r["oversample"] for r in rl(name, seed)))
+
+
+def rollouts_to(name, seed, goal=85):
+    """Completions sampled until the held-out accuracy is at the goal."""
+    sampled = 0
+    for r in rl(name, seed):
+        sampled += round(16 * r["oversample"]) * 8
+        if r.get("eval_accuracy", 0) >= goal / 100:
+            return sampled
+    return float("inf")
+
+
+def kept(name, seed):
+    """Groups trained on a step, of 16 wanted, from the fifth step on."""
+    return statistics.mean(r["valid_groups"] for r in rl(name, seed)[4:])
+
+
+def uneven(name, seed):
+    """Their standard deviation over steps, in percent of their mean."""
+    return 100 * statistics.stdev(r["valid_groups"] for r in rl(name, seed)[4:]) / kept(name, seed)
+
+
+def jerks(name, seed):
+    """Standard deviation of the gradient's norm over steps, in percent of its mean."""
+    norms = [r["grad_norm"] for r in rl(name, seed) if r["grad_norm"]]
+    return 100 * statistics.stdev(norms) / statistics.mean(norms)
+
+
+def domain(which, name, seed):
+    """Held-out accuracy in one domain, by the built-in verifiers."""
+    return 100 * look(name, seed)["domains"][which]
+
+
+def gap(name, seed):
+    """Accuracy in count while training, by the run's own verifier, above what it is held out, by the built-in one."""
+    return 100 * statistics.mean(r["accuracy_count"] for r in rl(name, seed)[-3:]) - domain("count", name, seed)
+
+
+def same(name, seed):
+    """Of the answers in count, the part that is the commonest one, in the last three steps."""
+    return 100 * statistics.mean(r["same_answer_count"] for r in rl(name, seed)[-3:])
+
+
+def at(frames, name, seed):
+    return 100 * next(r["accuracy"] for r in look(name, seed)["rows"] if r["frames"] == frames)
+
+
+def gain(name, seed):
+    """In accuracy, from 16 frames to 256."""
+    return at(256, name, seed) - at(16, name, seed)
+
+
+def lift(name, seed):
+    """In held-out accuracy by RL over the cold start, mean of the four domains."""
+    return statistics.mean(domain(d, name, seed) - domain(d, "cold-five", seed) for d in DOMAINS)
+
+
+DOMAINS, SINGLE = ("count", "open", "ocr", "grounding"), ("counting", "places", "reading", "boxes")
+CLAIMS = [                           # what is claimed of a and b, in which the sign says what it comes to: a is larger, smaller, or no different
+    ("clip-higher keeps entropy up", "entropy", entropy, "higher", ">", "symmetric"),
+    ("... and ends better", "accuracy", accuracy, "higher", ">", "symmetric"),
+    ("no KL term ends better than one (0.04)", "accuracy", accuracy, "base", ">", "kl"),
+    ("forced answering helps where time is short", "accuracy", accuracy, "tight", ">", "unforced"),
+    ("RLCS: more groups teach than with uniform draws", "useful of 100 groups", useful, "base", ">", "uniform"),
+    ("... and fewer rollouts are needed to 85%", "completions", rollouts_to, "base", "<", "uniform"),
+    ("ratio-EMA oversampling fills the batch", "groups kept of 16", kept, "base", ">", "plain"),
+    ("... and keeps it steady", "deviation, % of mean", uneven, "base", "<", "plain"),
+    ("per-sample and per-token loss end alike", "accuracy", accuracy, "base", "=", "token"),
+    ("... per-sample is steadier", "gradient norm's deviation, %", jerks, "base", "<", "token"),
+    ("twice the cold start is better before RL", "accuracy", accuracy, "cold", ">", "half"),
+    ("... and the same after it", "accuracy", accuracy, "base", "=", "short"),
+    ("RL needs the cold start", "accuracy", accuracy, "base", ">", "none"),
+    ("reasoning beats answering at once, 256 frames", "accuracy", lambda *x: at(256, *x), "thinks", ">", "once"),
+    ("... and gains more from more frames, 16 to 256", "points", gain, "thinks", ">", "once"),
+    ("a verifier that can be fooled: its reward says more than the truth", "points", gap, "hacked", ">", "base"),
+    ("... the rest of the domains suffers", "accuracy in open", lambda *x: domain("open", *x), "hacked", "<", "base"),
+    ("... and the commonest answer betrays it", "% of answers", same, "hacked", ">", "base"),
+]
+
+
+def verdict(a, sign, b):
+    """Seen: every seed agrees. No different: less apart, on average, than two runs of one kind are (their standard deviation)."""
+    if sign == "=":
+        spread = statistics.mean([statistics.stdev(a), statistics.stdev(b)])
+        return "seen" if abs(statistics.mean(a) - statistics.mean(b)) <= spread else "not seen"
+    ahead = [(x > y) - (x < y) for x, y in zip(a, b)]
+    ahead = {x if sign == ">" else -x for x in ahead}
+    return {frozenset([1]): "seen", frozenset([-1]): "opposite"}.get(frozenset(ahead), "not seen")
+
+
+def mean(xs):
+    """Three seeds as mean ± standard deviation."""
+    digits = 0 if max(xs) >= 1000 else 3 if max(xs) < 1 else 1
+    return "never in one of three" if float("inf") in xs else f"{statistics.mean(xs):,.{digits}f} ± {statistics.stdev(xs):.{digits}f}"
+
+
+def tables():
+    def every(measure, name):
+        return [measure(name, seed) for seed in SEEDS]
+
+    print("| claim | measured | so | otherwise | |\n|---|---|---|---|---|")
+    for claim, what, measure, a, sign, b in CLAIMS:
+        try:
+            x, y = every(measure, a), every(measure, b)
+            print(f"| {claim} | {what} | {mean(x)} (`{a}`) | {mean(y)} (`{b}`) | {verdict(x, sign, y)} |")
+        except FileNotFoundError as e:
+            print(f"| {claim} | {what} | | | not run: no {os.path.relpath(e.filename, OUT)} |")
+    try:
+        print("\n| frames | " + " | ".join(map(str, FRAMES)) + " |\n|" + "---|" * (len(FRAMES) + 1))
+        for name in ("once", "thinks"):
+            print(f"| `{name}` | " + " | ".join(mean(every(lambda *x: at(f, *x), name)) for f in FRAMES) + " |")
+        print("\n| trained on | " + " | ".join(DOMAINS) + " | mean |\n|" + "---|" * (len(DOMAINS) + 2))
+        for name in ("cold-five", *SINGLE, "five"):
+            if name == "cold-five":
+                cells = [mean(every(lambda *x: domain(d, *x), name)) for d in DOMAINS] + [""]
+            else:
+                cells = [mean(every(lambda *x: domain(d, *x) - domain(d, "cold-five", x[1]), name)) for d in DOMAINS] + [mean(every(lift, name))]
+            print(f"| `{name}` | " + " | ".join(cells) + " |")
+    except FileNotFoundError as e:
+        print(f"not run: no {os.path.relpath(e.filename, OUT)}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__.strip())
+    OUT = os.path.abspath(sys.argv[1])
+    main(OUT, [name for name in sys.argv[2:] or RUNS if name != "none"] if "tables" not in sys.argv else [])
+    tables()
