@@ -363,7 +363,7 @@ def main():
     """Ask a checkpoint one question about one video, and see it think."""
     args = argparse.ArgumentParser(description=main.__doc__)
     args.add_argument("--model", required=True, help="a checkpoint directory or hub name")
-    args.add_argument("--video", required=True, help="a file, a folder of pictures, a picture, or toy:SEED")
+    args.add_argument("--video", required=True, help="a file, a folder of pictures, a picture, or toy:SEED, toy:reading-SEED, ...")
     args.add_argument("--question", default="", help="optional for toy:SEED, which brings its own")
     args.add_argument("--frames", type=int, default=32)
     args.add_argument("--max_pixels", type=int, default=0, help="of one frame; 0: the checkpoint's own bound")
@@ -374,7 +374,7 @@ def main():
     args = args.parse_args()
     question = args.question
     if not question and args.video.startswith("toy:"):
-        question = data.toy_sample(int(args.video.split(":")[1])).question
+        question = data.toy_sample(data.toy_name(args.video)[0]).question
     if not question:
         raise ValueError("--question is missing")
     for name, least in (("frames", 1), ("max_pixels", 0), ("think_budget", 0), ("think_least", 0), ("answer_budget", 1)):

@@ -48,7 +48,7 @@ from rollout import VLLM, Completion, import_vllm, leave, limits, rollout, room
 class Config:
     # what
     model: str = "tiny"            # "tiny" (made from nothing), a Hugging Face directory, or a hub name
-    data: str = "toy"              # "toy" (built-in videos), a .jsonl of samples, or a LongVideo-Reason .json
+    data: str = "toy"              # "toy" (built-in videos) or its parts ("toy:plot,long"), a .jsonl, or a LongVideo-Reason .json
     eval_data: str = ""            # likewise; empty: the part of data whose videos are held out by a hash
     video_dir: str = ""            # where relative video paths begin; empty: beside the data file
     cache_dir: str = ""            # vision tokens on disk, for other runs and restarts; empty: in memory alone
@@ -767,7 +767,8 @@ def main(c):
         for step in todo:
             start = time.perf_counter()
             if stage == "align":
-                batch = [data.toy_description(c.seed, step * c.sft_batch + i, step / steps) for i in range(c.sft_batch)]
+                batch = [data.toy_description(c.seed, step * c.sft_batch + i, step / steps, data.toy_parts(c.data))
+                         for i in range(c.sft_batch)]
             else:
                 batch = [by_id[id] for id in curriculum.draw(c.sft_batch)]
             if made:

@@ -4,6 +4,8 @@ Questions about videos: reading them from files, holding some out, and the built
 thoughts are checked by a second implementation that shares nothing with data.py but the words of the questions.
 (tests/test_video.py has the reading of real video.)
 """
+import hashlib
+import itertools
 import json
 import os
 import random
@@ -11,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,8 +35,14 @@ def stories():
     return [data.toy_story(seed) for seed in range(4000)]
 
 
+@pytest.fixture(scope="module")
+def films():
+    """The parts that are loaded by their name alone."""
+    return {part: data.load(f"toy:{part}") for part in ("reading", "grounding", "long")}
+
+
 def seed_of(sample):
-    return int(sample.video.split(":")[1])
+    return int(sample.video.split(":")[1].split("-")[-1])
 
 
 def answered(value, text):
@@ -200,6 +209,17 @@ def test_split_knows_a_built_in_video_by_its_seed():
     assert not {seed_of(s) for s in train} & {seed_of(s) for s in held}
 
 
+def test_split_keeps_a_story_and_its_long_film_together(toys, films):
+    """"toy:long-7" tells the story of "toy:7": trained on one and asked about the other, nothing would be held out."""
+    for samples in (films["reading"], films["grounding"], films["long"] + toys[:3000]):
+        train, held = data.split(samples)
+        assert not {s.video for s in train} & {s.video for s in held} and 0.03 < len(held) / len(samples) < 0.07
+        assert not {seed_of(s) for s in train} & {seed_of(s) for s in held}
+    train, held = data.split(some_samples([f"toy:{kind}{seed}{n}" for seed in range(200) for n in ("", ":3")
+                                           for kind in ("", "0", "long-", "long-0", "reading-", "grounding-")]), 0.5)
+    assert not {seed_of(s) for s in train} & {seed_of(s) for s in held}
+
+
 def test_the_alignment_stage_sees_no_story_that_load_has(toys):
     """It trains the eyes on other built-in videos; were one of them held out, its evaluation would be worth nothing."""
     loaded = {seed_of(s) for s in toys}
@@ -212,6 +232,8 @@ def test_the_alignment_stage_sees_no_story_that_load_has(toys):
     assert sum(map(len, runs)) == len(set().union(*runs))                          # and runs of other seeds see others
     tales = {(tuple(s.events), s.question) for s in map(data.toy_story, range(0, 20000, 4))}
     assert not tales & {(tuple(s.events), s.question) for s in map(data.toy_story, sorted(runs[0]))}
+    for part in ("reading", "grounding", "long"):
+        assert not {seed_of(data.toy_description(0, number, 1, [part])) for number in range(100)} & loaded
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,6 +257,19 @@ def watch(frames):
         assert max(abs(right), abs(down)) > 3, "in the middle"
         seen.append((int(seconds[0]) // 2, colour, shape, place))
     return seen
+
+
+def read(frames):
+    """The letters of uint8 [T,28,28,3], known by how many pixels are white in each of their five rows."""
+    known = {(1, 2, 2, 5, 2): "A", (4, 1, 1, 1, 4): "C", (5, 1, 3, 1, 5): "E", (2, 2, 5, 2, 2): "H", (1, 1, 1, 1, 5): "L",
+             (3, 2, 2, 2, 3): "O", (5, 1, 1, 1, 1): "T", (2, 2, 1, 2, 2): "X"}
+    return "".join(known[tuple((frame[22:27, 22:27] == 255).all(2).sum(1))] for frame in frames)
+
+
+def box(frame):
+    """The edges of what is neither background nor white."""
+    y, x = np.nonzero((frame != frame[27, 27]).any(2) & (frame != 255).any(2))
+    return f"[{x.min()}, {y.min()}, {x.max() + 1}, {y.max() + 1}]"
 
 
 def events_of(path):
@@ -280,7 +315,8 @@ def test_fewer_frames_than_the_video_has_are_evenly_spaced():
     assert np.array_equal(video.read(2, 5), data.read_video("toy:3", 6)[0][2:5])
 
 
-@pytest.mark.parametrize("path", ["toy:", "toy:x", "toy:-1", "toy:1.5", "toy:1:", "toy:1:x", "toy:1:2:3", "toy: 1", "toy:1\n", "toy:1:0"])
+@pytest.mark.parametrize("path", ["toy:", "toy:x", "toy:-1", "toy:1.5", "toy:1:", "toy:1:x", "toy:1:2:3", "toy: 1", "toy:1\n", "toy:1:0",
+                                  "toy:reading", "toy:reading-", "toy:reading-x", "toy:plot-1", "toy:long-1:0", "toy:long-long-1"])
 def test_a_bad_path_of_a_built_in_video_is_named(path):
     with pytest.raises(data.VideoError) as e:
         data.open_video(path, 4)
@@ -303,11 +339,150 @@ def test_a_seed_gives_the_same_video_and_question_anywhere(toys):
     assert not np.array_equal(data.toy_frames(5)[:10], data.toy_frames(6)[:10])
 
 
+def test_the_four_categories_are_for_ever_what_they_were(toys):
+    """Every number in the README was measured on these frames and texts: the digest was computed before there were others."""
+    digest = hashlib.sha256(repr(toys).encode())
+    for seed in range(40):
+        s = data.toy_story(seed)
+        digest.update(repr((s.events, s.thought, s.difficulty)).encode() + data.toy_frames(seed).tobytes())
+        digest.update(data.read_video(f"toy:{seed}:3", 5)[0].tobytes() + repr(data.toy_description(seed, seed, seed / 40)).encode())
+    assert digest.hexdigest() == "222dea837481cf96a8e12053d8188373555786cc1d4a33d33caab05d47411adb"
+
+
+def test_no_shape_and_no_clock_comes_near_a_letter():
+    met = set()
+    for seed in range(60):
+        story = data.toy_story(f"reading-{seed}")
+        frames, _ = data.read_video(f"toy:reading-{seed}", 100)
+        assert read(frames[::2]) == read(frames[1::2]) == story.letters and events_of(f"toy:reading-{seed}") == story.events
+        around = frames[:, 22:, 21:]                                               # the letter, and a pixel at three sides
+        white = (around == 255).all(3)
+        assert ((around == frames[:, 27:, 27:]).all(3) | white).all(), "a shape"
+        white[:, :5, 1:6] = False
+        assert not white.any(), "the clock, or a letter that is too large"
+        met |= {(*event, letter) for event, letter in zip(story.events, story.letters)}
+    assert len({m[1:3] for m in met}) == 12 and len({m[3] for m in met}) == 8
+    for name in [f"{kind}{seed}" for kind in ("", "grounding-", "long-") for seed in range(10)]:
+        corner = data.toy_frames(name)[:, 22:, 21:]
+        assert (corner == corner[:, -1:, -1:]).all(), "a letter where none is asked for"
+
+
+def test_a_slice_and_a_content_of_the_other_videos():
+    for kind in ("reading", "grounding"):
+        whole, _ = data.read_video(f"toy:{kind}-4", 100)
+        assert np.array_equal(data.read_video(f"toy:{kind}-04:3", 100)[0], whole[:6])
+    film = data.toy_frames("long-4")
+    clock = [t for t, *_ in watch(film)]
+    for n in (1, 3, 9):
+        assert np.array_equal(data.read_video(f"toy:long-4:{n}", 1000)[0], film[[t < n for t in clock]])
+    assert len({data.fingerprint(f"toy:{kind}4") for kind in ("", "reading-", "grounding-", "long-", "long-5")}) == 5
+    assert data.toy_name("toy:long-007:03") == ("long-7", 3) and data.toy_name("toy:7") == ("7", None)
+    assert data.toy_sample(data.toy_name("toy:07")[0]) == data.toy_sample(7)
+
+
+def test_a_long_film_tells_the_same_story_at_an_uneven_pace(toys, films):
+    """256 frames; every event is seen with all of them, and 16 of them pass over some: that is what more frames are for."""
+    uneven, missed, needed = [], 0, 0
+    assert [(s.question, s.answer, s.thought, s.taught, s.domain) for s in films["long"]] == [
+        (s.question, s.answer, s.thought, s.taught, s.domain) for s in toys]
+    for seed in range(60):
+        frames, seconds = data.read_video(f"toy:long-{seed}", 256)
+        assert len(frames) == 256 and seconds == 0.5
+        seen = watch(frames)
+        events, lasts = zip(*[(event, len([*same])) for event, same in itertools.groupby(seen)])
+        assert [list(event[1:]) for event in events] == [list(e) for e in data.toy_story(seed).events]
+        assert [event[0] for event in events] == [*range(len(events))] and min(lasts) >= 4
+        uneven.append(max(lasts) / min(lasts))
+        few = watch(data.read_video(f"toy:long-{seed}", 16)[0])
+        missed += len(set(few)) < len(events)
+        _, want, _, _ = ask(films["long"][seed].question, data.toy_story(seed).events)
+        needed += any(event[1:3] == want and event not in few for event in events)
+    assert missed > 50 and needed > 20 and np.median(uneven) > 10
+
+
+def test_a_description_says_what_its_parts_are_about():
+    kinds = Counter()
+    for number in range(30):
+        assert data.toy_description(1, number, 1, ["plot", "spatial"]) == data.toy_description(1, number, 1)
+        s = data.toy_description(1, number, 1, ["reading"])
+        frames, _ = data.read_video(s.video, 100)
+        assert [line.split() for line in s.thought.split("\n")] == [
+            [str(i), c, shape, letter] for i, (c, shape, _), letter in zip(range(10), events_of(s.video), read(frames[::2]))]
+        s = data.toy_description(1, number, 1, ["long"])
+        seen = [key for key, _ in itertools.groupby(watch(data.read_video(s.video, 256)[0]))]
+        assert s.video.startswith("toy:long-") and s.thought == "\n".join(" ".join(map(str, event)) for event in seen)
+        mixed = data.toy_description(1, number, 1, data.toy_parts("toy:plot,long,reading"))
+        kinds[mixed.video.split(":")[1].rpartition("-")[0]] += 1
+    assert set(kinds) == {"", "long", "reading"} and min(kinds.values()) > 4
+    assert data.toy_parts("toy") == data.toy_parts("a/toy.jsonl") == ["temporal", "goal", "spatial", "plot"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the built-in videos: questions, answers, thoughts
 
-def ask(question, events):
-    """A second implementation: the answer to a question, from the events alone. -> (category, wanted, need, answer)"""
+def test_parts_of_the_toy_are_loaded_by_name(toys, films):
+    alone = films | {part: [s for s in toys if s.id.startswith(f"toy-{part}-")] for part in ("temporal", "goal", "spatial", "plot")}
+    assert data.load("toy:plot") == data.load("toy:plot,plot") == alone["plot"]
+    assert sorted(s.id for s in data.load("toy:plot,goal,spatial,temporal")) == sorted(s.id for s in toys)
+    for parts in (("temporal", "reading"), ("reading", "plot", "grounding"), ("grounding", "long")):
+        samples = data.load(f"toy:{','.join(parts)}")
+        assert len({s.id for s in samples}) == len(samples) == sum(len(alone[part]) for part in parts)
+        for part in parts:                                                         # all of each, in its own order
+            assert [s for s in samples if s.id.startswith(f"toy-{part}-")] == alone[part]
+        first = Counter(s.id.rsplit("-", 1)[0] for s in data.split(samples)[1][:256])
+        assert len(first) == len(parts) + 3 * ("long" in parts) and min(first.values()) > 0.7 * first.total() / len(first)
+    assert {part: (len(s), s[17].id, s[17].video) for part, s in films.items()} == {
+        "reading": (5000, "toy-reading-17", "toy:reading-17"), "grounding": (5000, "toy-grounding-17", "toy:grounding-17"),
+        "long": (20000, f"toy-long-{data.toy_story(17).category}-17", "toy:long-17")}
+
+
+@pytest.mark.parametrize("source, wrong", [("toy:pilot", "'pilot'"), ("toy:", "''"), ("toy:plot,", "''"), ("toy:plot, long", "' long'")])
+def test_an_unknown_part_is_named_with_those_there_are(source, wrong):
+    with pytest.raises(ValueError) as e:
+        data.load(source)
+    assert wrong in str(e.value) and "temporal, goal, spatial, plot, reading, grounding, long" in str(e.value)
+
+
+def test_reading_and_grounding_follow_from_what_is_on_the_screen(films):
+    """The answer from pixels; the thought and the teacher's as in the other categories; difficulty is how many match."""
+    matches, wrong = {"reading": Counter(), "grounding": Counter()}, Counter()
+    for s in films["reading"][:150] + films["grounding"][:150]:
+        frames, events = data.read_video(s.video, 100)[0][::2], events_of(s.video)
+        letters = read(frames) if "spell" in s.question else ""
+        boxes = {place: box(frame) for (colour, shape, place), frame in zip(events, frames) if f"{colour} {shape}" in s.question}
+        boxes["none"] = "none"
+        category, want, need, answer = ask(s.question, events, letters)
+        story = data.toy_story(s.video.split(":")[1])
+        answer = boxes[answer] if category == "grounding" else answer
+        assert (s.answer, category, s.domain) == (answer, story.category, {"reading": "ocr"}.get(category, category))
+        for thought, said in ((story.thought, story.answer), story.taught):
+            came, overlooked = follow(thought, events, category, want, need, letters)
+            assert said == (boxes[came] if category == "grounding" else came)
+            assert not overlooked or want[1] == "triangle" and thought == s.thought != story.thought
+        assert rewards.score(data.taught_text(replace(s, taught="")), s.answer, s.domain).total == 1
+        assert (rewards.score(data.taught_text(s), s.answer, s.domain).accuracy == 1) == (s.taught == s.answer)
+        assert story.difficulty == sum(e[:2] == want for e in events)
+        matches[category][story.difficulty] += 1
+        wrong[category] += s.taught != s.answer
+    assert sorted(matches["reading"]) == [1, 2, 3, 4] and sorted(matches["grounding"]) == [1, 2, 3]
+    assert all(0.2 < n / 150 < 0.7 for n in wrong.values())                        # enough wrong for RL to mend
+
+
+def test_only_the_box_of_the_right_place_is_right():
+    """The box fits the drawn shape tightly: x2 - x1 pixels wide, and no two places' boxes overlap by half."""
+    for shape in SHAPES:
+        for place in ("left", "right", "top", "bottom"):
+            name = next(n for n in range(1000) if data.toy_story(n).events[0][1:] == (shape, place))
+            right = data.toy_box(shape, place)
+            assert right == box(data.toy_frames(name)[0]) and rewards.grounding(right, right) == 1
+            for other in SHAPES:
+                for there in {"left", "right", "top", "bottom"} - {place}:
+                    assert rewards.grounding(data.toy_box(other, there), right) == 0
+            assert rewards.grounding("none", right) == 0
+
+def ask(question, events, letters=""):
+    """A second implementation: the answer to a question, from the events (and letters beside them) alone; a place where a
+    box is asked for. -> (category, wanted, need, answer)"""
     find = lambda pattern: re.fullmatch(pattern, question)
     thing = f"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
     where = lambda m: [i for i, e in enumerate(events) if e[:2] == (m[1], m[2])]
@@ -319,14 +494,19 @@ def ask(question, events):
         return "plot", (m[1], m[2]), 0, str(len(where(m)))
     if m := find(rf"Someone collects {thing}s and needs (\d)\. When is it done\?"):
         return "goal", (m[1], m[2]), int(m[3]), str(where(m)[int(m[3]) - 1])
+    if m := find(rf"What do the letters beside the {thing}s spell\?"):
+        return "reading", (m[1], m[2]), 0, "".join(letters[i] for i in where(m))
+    if m := find(rf"Where is the last {thing}\? Give its box\."):
+        return "grounding", (m[1], m[2]), 0, events[where(m)[-1]][2]
     raise AssertionError(f"no question of ours: {question}")
 
 
-def follow(thought, events, category, want, need):
+def follow(thought, events, category, want, need, letters=""):
     """Read a thought line by line and check every claim in it. -> (the answer it comes to, events it overlooked)
 
     A line: number, colour seen, colour asked for, the same or not; if so, shape seen, shape asked for, the same or not, and
-    the place; then what is known so far. The one lie that is let through: "no" at an event that is the one asked for.
+    the place, or the letter if there is one; then what is known so far. The one lie that is let through: "no" at an event that
+    is the one asked for.
     """
     count, state, overlooked = 0, "0" if need or category == "plot" else "none", []
     lines = thought.split("\n")
@@ -337,14 +517,16 @@ def follow(thought, events, category, want, need):
         if colour == want[0]:
             said = words[6]
             match = said == "yes"
-            expected += [shape, want[1], "yes" if shape == want[1] and match else "no", place]
+            expected += [shape, want[1], "yes" if shape == want[1] and match else "no", letters[i] if letters else place]
             if shape == want[1] and not match:
                 overlooked.append(i)
         count += match
         if category in ("plot", "goal"):
             state = str(count)
-        elif category == "spatial" and match:
+        elif category in ("spatial", "grounding") and match:
             state = place
+        elif category == "reading" and match:
+            state = letters[i] if state == "none" else state + letters[i]
         elif category == "temporal":
             state = "next" if match else colour if state == "next" else state
         assert words == expected + [state], line
@@ -437,3 +619,15 @@ def test_a_reader_who_cannot_see_the_video_stays_near_chance(toys):
     asked = toys[12000:]
     guessed = sum(known[s.question].most_common(1)[0][0] == s.answer for s in asked if s.question in known)
     assert len(asked) == 8000 and guessed / len(asked) < 0.28
+
+
+def test_nor_does_such_a_reader_read_or_point(films):
+    """The best guess from the question: one of four boxes, hardly ever the letters; and no text is nearly right of many."""
+    for part, chance in (("reading", 0.06), ("grounding", 0.28)):
+        known = defaultdict(Counter)
+        for s in films[part][:3000]:
+            known[s.question][s.answer] += 1
+        asked = films[part][3000:]
+        assert sum(known[s.question].most_common(1)[0][0] == s.answer for s in asked) / len(asked) < chance
+    answers = [s.answer for s in films["reading"][:400]]
+    assert max(np.mean([rewards.ocr(guess, answer) for answer in answers]) for guess in {*answers[:60], "ACEHLOTX", "A"}) < 0.3
