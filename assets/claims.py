@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SEEDS = (0, 1, 2)
 RL = "--sft_steps=0 --rl_steps=20 --prompts_per_step=16 --eval_every=4 --show_every=0"
-FIVE = "--data=toy:plot,temporal,spatial,reading,grounding"
+FIVE = "--think_budget=112 --answer_budget=24 --data=toy:"      # a thought that reads letters is longer, and so is a box
+MIXED = f"{FIVE}plot,temporal,spatial,reading,grounding"
 LONG = "--data=toy:long --frames=64"
 
 RUNS = {
@@ -41,19 +42,19 @@ RUNS = {
     "thinks": ("cold-long", f"{RL} {LONG}"),
     "cold-once": ("", f"--rl_steps=0 {LONG} --think_budget=0"),
     "once": ("cold-once", f"{RL} {LONG} --think_budget=0"),
-    "cold-five": ("", f"--rl_steps=0 {FIVE}"),
-    "five": ("cold-five", f"{RL} {FIVE}"),
-    "counting": ("cold-five", f"{RL} --data=toy:plot"),
-    "places": ("cold-five", f"{RL} --data=toy:temporal,spatial"),
-    "reading": ("cold-five", f"{RL} --data=toy:reading"),
-    "boxes": ("cold-five", f"{RL} --data=toy:grounding"),
+    "cold-five": ("", f"--rl_steps=0 {MIXED}"),
+    "five": ("cold-five", f"{RL} {MIXED}"),
+    "counting": ("cold-five", f"{RL} {FIVE}plot"),
+    "places": ("cold-five", f"{RL} {FIVE}temporal,spatial"),
+    "reading": ("cold-five", f"{RL} {FIVE}reading"),
+    "boxes": ("cold-five", f"{RL} {FIVE}grounding"),
 }
 FRAMES = (16, 32, 64, 128, 256)
 LOOKS = {                            # evaluations of a run's checkpoint afterwards
     "hacked": "", "base": "--eval_budgets=0,24,48,60,72,96,72-128,96-128",
     "thinks": f"{LONG} --eval_frames={','.join(map(str, FRAMES))}",
     "once": f"{LONG} --think_budget=0 --eval_frames={','.join(map(str, FRAMES))}",
-    **{name: f"{FIVE} --eval_samples=512" for name in ("cold-five", "five", "counting", "places", "reading", "boxes")},
+    **{name: f"{MIXED} --eval_samples=512" for name in ("cold-five", "five", "counting", "places", "reading", "boxes")},
 }
 
 
