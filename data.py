@@ -644,8 +644,8 @@ def toy_story(name):
     taught = reason([i for i in matches if i not in seen])
     lasts = [2] * n                                        # an event a second, or a film in which some stand and some flit by
     if kind == "long":                                     # even numbers: the tower sees two frames at a time
-        more = rng.choices(range(n), [rng.random() ** 4 for _ in events], k=FILM // 2 - 2 * n)
-        lasts = [4 + 2 * more.count(i) for i in range(n)]
+        more = rng.choices(range(n), [rng.random() ** 4 for _ in events], k=FILM // 2 - n)
+        lasts = [2 + 2 * more.count(i) for i in range(n)]
     return Story(events, letters, lasts, category, question, answer, domain, thought, taught, len(matches))
 
 
