@@ -1,0 +1,67 @@
+"""python -m pytest tests/test_claims.py -q
+
+The claims table: the KL term that was deleted, kept as a patch; the table's commands; how it judges.
+"""
+import os
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import encode
+import grpo
+import train
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def with_kl(tmp_path_factory):
+    """grpo.py with assets/kl.diff applied, as the table's row does it."""
+    folder = tmp_path_factory.mktemp("kl")
+    for file in ("grpo.py", "train.py"):
+        shutil.copy(ROOT / file, folder)
+    subprocess.run(["git", "apply", str(ROOT / "assets" / "kl.diff")], cwd=folder, check=True, env={**os.environ, "GIT_DIR": str(folder / "none")})
+    return SimpleNamespace(**runpy.run_path(str(folder / "grpo.py")), train=(folder / "train.py").read_text())
+
+
+def test_the_kl_term_is_the_k3_estimate_and_nothing_where_the_models_are_one(with_kl):
+    """exp(d) - d - 1, d = reference - model: 0 and without gradient at equality, else positive, as finite differences say."""
+    torch.manual_seed(0)
+    new, old, reference = (-torch.rand(3, 5, dtype=torch.double) for _ in range(3))
+    mask, advantages = torch.rand(3, 5) < 0.8, torch.randn(3, dtype=torch.double)
+    lose = lambda new, **how: with_kl.policy_loss(new, old, advantages, mask, 0.2, 0.28, "sample", **how)
+    assert torch.equal(lose(new)[0], grpo.policy_loss(new, old, advantages, mask, 0.2, 0.28, "sample")[0])
+    same = new.clone().requires_grad_()
+    gradient = torch.autograd.grad(lose(same, reference=new, kl=1.0)[0] - lose(same)[0], same)[0]
+    assert lose(new, reference=new, kl=1.0)[1]["kl"] == 0 == float(gradient.abs().max())
+    loss, metrics = lose(new, reference=reference, kl=0.5)
+    away = ((reference - new).exp() - (reference - new) - 1) * mask
+    assert metrics["kl"] == pytest.approx(float(away.sum())) and metrics["kl"] > 0
+    assert float(loss - lose(new)[0]) == pytest.approx(0.5 * float((away.sum(1) / mask.sum(1)).mean()))
+    torch.autograd.gradcheck(lambda x: lose(x, reference=reference, kl=0.5)[0] - lose(x)[0], (new.clone().requires_grad_(),))
+    assert "    kl: float = 0.04" in with_kl.train and "model.reference[0]" in with_kl.train
+
+
+def test_every_row_of_the_claims_table_is_a_command_that_train_understands():
+    claims = SimpleNamespace(**runpy.run_path(str(ROOT / "assets" / "claims.py")))
+    for name, (start, arguments) in claims.RUNS.items():
+        assert not start or start in claims.RUNS and not claims.RUNS[start][0], name
+        for line in (arguments, claims.LOOKS.get(name, "")):
+            c = train.parse([x for x in line.split() if not x.startswith("--kl=")])
+            train.check(c, encode.Ranks())
+            data.toy_parts(c.data)
+    for _, _, _, a, sign, b in claims.CLAIMS:
+        assert a in claims.RUNS and b in claims.RUNS and sign in "<>="
+
+
+def test_a_claim_is_seen_where_every_seed_agrees():
+    verdict = runpy.run_path(str(ROOT / "assets" / "claims.py"))["verdict"]
+    assert [verdict(a, sign, [2, 2, 2]) for a, sign in (([3, 3, 4], ">"), ([1, 1, 0], ">"), ([3, 1, 3], ">"), ([1, 1, 1], "<"), ([3, 2, 3], ">"))] == [
+        "seen", "opposite", "not seen", "seen", "not seen"]
+    assert verdict([1, 2, 3], "=", [2, 3, 4]) == "seen" and verdict([1.0, 1.1, 1.2], "=", [2.0, 2.1, 2.2]) == "not seen"
