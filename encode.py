@@ -35,6 +35,23 @@ def shard(n, rank, size):
     return lo, lo + whole + (rank < rest)
 
 
+def deal(costs, homes, n):
+    """Whole things over n ranks, so that each has about as much to do: the costliest first, to the rank with the least so far.
+
+    A thing stays at home where the rank then has no more than an even share, or where it is a tie: what moves must be sent.
+    No rank ends with more than the mean and the largest cost. costs, homes: {thing: cost}, {thing: rank} -> {thing: rank}
+
+    >>> deal({0: 9, 1: 2, 2: 4, 3: 3}, {0: 0, 1: 1, 2: 0, 3: 1}, 2)
+    {0: 0, 2: 1, 3: 1, 1: 1}
+    """
+    loads, goes, even = [0] * n, {}, sum(costs.values()) / n
+    for i in sorted(costs, key=lambda i: (-costs[i], i)):
+        home = homes[i]
+        goes[i] = home if loads[home] + costs[i] <= even else min(range(n), key=lambda r: (loads[r], r != home))
+        loads[goes[i]] += costs[i]
+    return goes
+
+
 def frames_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_):
     """Attention inside each of many short segments (a frame, or a window of it), all of one length in one call.
 

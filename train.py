@@ -346,6 +346,34 @@ class Group:
     advantages: torch.Tensor   # [G]
 
 
+def move(groups, goes, ranks):
+    """Groups from the dp groups that rolled them out, slot % dp, to those that train on them: each whole, its video with it.
+
+    groups: this rank's; goes: {slot: dp group} of a step, equal on all ranks. sp rank s sends to sp rank s: each has all of a
+    group. -> the groups that this rank trains on, in order of slot
+    """
+    here, mine, parts = {g.slot: g for g in groups}, [], []
+    tensors = lambda prompt: {k: x.contiguous() for k, x in vars(prompt).items() if isinstance(x, torch.Tensor)}
+    for slot, to in sorted(goes.items()):                  # the same order everywhere: no ring of ranks that wait for one another
+        home = slot % ranks.dp
+        if home == to == ranks.dp_rank:
+            mine.append(here[slot])
+        elif home == ranks.dp_rank:                        # the prompt's tensors, gigabytes it may be, go as they are; the rest as an object
+            peer, g, sent = to * ranks.sp + ranks.sp_rank, here[slot], tensors(here[slot].prompt)
+            hollow = replace(g.prompt, **{k: x.to("meta") for k, x in sent.items()})           # their shapes and types alone
+            dist.send_object_list([replace(g, prompt=hollow)], peer, use_batch=True)
+            parts += [dist.P2POp(dist.isend, x, peer) for x in sent.values()]
+        elif to == ranks.dp_rank:
+            peer, box = home * ranks.sp + ranks.sp_rank, [None]
+            dist.recv_object_list(box, peer, use_batch=True)
+            got = {k: torch.empty_like(x, device=ranks.device) for k, x in tensors(box[0].prompt).items()}
+            parts += [dist.P2POp(dist.irecv, x, peer) for x in got.values()]
+            mine.append(replace(box[0], prompt=replace(box[0].prompt, **got)))
+    for work in dist.batch_isend_irecv(parts) if parts else ():
+        work.wait()
+    return mine
+
+
 def check_gap(gap, c):
     """gap: sampler against trainer, mean difference in log-prob. Raises ValueError where it is no rounding error."""
     if not gap <= MOST_GAP[c.dtype]:
@@ -371,11 +399,12 @@ def grpo_step(model, groups, c, ranks, banned, divisor):
     """
     lo, hi = (0, c.group_size) if c.stage2 else encode.shard(c.group_size, ranks.sp_rank, ranks.sp)
     items = [(g.prompt, g.completions[lo:hi], g.advantages[lo:hi]) for g in groups]
-    cost = lambda item: len(item[0].ids) + sum(len(x.tokens) for x in item[1])
+    cost = lambda i: len(items[i][0].ids) + sum(len(x.tokens) for x in items[i][1])
     pad = lambda xs: torch.nn.utils.rnn.pad_sequence(xs, batch_first=True).to(ranks.device)
     sums = {"entropy": 0.0, "gap": 0.0, "gap_max": 0.0, "tokens": 0.0, "clip_low": 0.0, "clip_high": 0.0}
-    for batch in micro_batches(items, cost, c.max_tokens):
-        prompts, completions, advantages = zip(*batch)
+    # The longest first, so that little is padded: no other cut has fewer batches. Inside a batch the order of groups stays.
+    for batch in micro_batches(sorted(range(len(items)), key=cost, reverse=True), cost, c.max_tokens):
+        prompts, completions, advantages = zip(*[items[i] for i in sorted(batch)])
         logprobs, entropy = vlm.logprobs(model, prompts, [[x.tokens for x in xs] for xs in completions], banned,
                                          ranks=ranks if c.stage2 else encode.Ranks())
         flat = [x for xs in completions for x in xs]
@@ -772,7 +801,7 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
         if isinstance(graded, str):
             continue
         groups.append(Group(i, sample, prompt, xs, graded, grpo.advantages(torch.tensor([g.total for g in graded]))))
-        stats[i] = [(g.total, g.accuracy, g.format, len(x.tokens), int(x.sampled.sum()), x.forced, x.truncated)
+        stats[i] = [(g.total, g.accuracy, g.format, len(x.tokens), int(x.sampled.sum()), x.forced, x.truncated, len(prompt.ids))
                     for g, x in zip(graded, xs)]
     stats = {i: rows for part in gather(stats, ranks) for i, rows in part.items()}             # of all dp groups
     accuracies = {i: [row[1] for row in rows] for i, rows in sorted(stats.items())}
@@ -785,15 +814,20 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
         say(f"RL {step + 1}: {len(valid)} groups to learn from, {c.prompts_per_step} wanted; {signal} of {len(accuracies)} had signal"
             + (f", so few that oversample_cap = {c.oversample_cap:g} binds" if capped else ""))
 
-    # Learn: disjoint groups in each optimizer step; the divisors are those of the whole step over all ranks.
-    sums, norms, skipped, first = {}, [], 0, None
+    # Learn: disjoint groups in each optimizer step, dealt over the dp groups by their length: who rolled out the long ones would
+    # keep all waiting (GLM-4.1V §5.4). The divisors are those of the whole step over all ranks.
+    sums, norms, skipped, first, balance = {}, [], 0, None, []
     updates = min(c.updates_per_rollout, len(valid))
     with clock("train"):
         for u in range(updates):
             lo, hi = encode.shard(len(valid), u, updates)
             part = valid[lo:hi]
             divisor = len(part) * c.group_size if c.loss_average == "sample" else sum(row[4] for i in part for row in stats[i])
-            mine = grpo_step(model, [g for g in groups if g.slot in part], c, ranks, banned, divisor)
+            costs = {i: stats[i][0][7] + sum(row[3] for row in stats[i]) for i in part}          # prompt and completions
+            goes = encode.deal(costs, {i: i % ranks.dp for i in part}, ranks.dp)
+            loads = [sum(costs[i] for i in part if goes[i] == r) for r in range(ranks.dp)]
+            balance.append(max(loads) * ranks.dp / sum(loads))
+            mine = grpo_step(model, move(groups, goes, ranks), c, ranks, banned, divisor)
             every = gather(mine, ranks)
             total = {k: (max if k == "gap_max" else sum)(m[k] for m in every) for k in mine}
             if first is None:                              # before any update the sampler is the trainer
@@ -821,7 +855,8 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
             "oversample": asked / c.prompts_per_step, "invalid_rate": 1 - signal / len(accuracies) if accuracies else 0.0,
             "sampler_gap": first["gap"] / max(1.0, first["tokens"]) if first else 0.0,
             "sampler_gap_max": first["gap_max"] if first else 0.0, "skipped": skipped, "dropped": len(curriculum.dropped),
-            "unscored": len(unscored), "grad_norm": mean(norms), **{f"{k}_s": round(v, 4) for k, v in clock.seconds.items()}}
+            "unscored": len(unscored), "balance": mean(balance) if balance else 1.0, "grad_norm": mean(norms),
+            **{f"{k}_s": round(v, 4) for k, v in clock.seconds.items()}}
 
 
 def draw_curves(lines, path):

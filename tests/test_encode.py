@@ -7,6 +7,7 @@ import copy
 import doctest
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -320,6 +321,33 @@ def test_shards_are_exactly_the_sequence():
             assert [i for lo, hi in parts for i in range(lo, hi)] == list(range(n)), (n, size)
             lengths = [hi - lo for lo, hi in parts]
             assert min(lengths) >= 0 and max(lengths) - min(lengths) <= 1, (n, size)
+
+
+def test_what_is_dealt_comes_once_and_no_rank_is_far_above_the_mean():
+    """Property 29, with costs of one size and of many: at most the mean and the largest cost, the same in any order of asking."""
+    rng = random.Random(0)
+    for trial in range(300):
+        n, size = rng.randint(1, 9), rng.randint(0, 40)
+        costs = {slot: rng.choice([1, 50, rng.randint(1, 5000)]) for slot in rng.sample(range(100), size)}
+        homes = {slot: slot % n if trial % 2 else 0 for slot in costs}              # at first as rolled out, or all on one
+        goes = encode.deal(costs, homes, n)
+        assert goes.keys() == costs.keys() and set(goes.values()) <= set(range(n))
+        loads = [sum(costs[slot] for slot in goes if goes[slot] == r) for r in range(n)]
+        assert max(loads) <= sum(loads) / n + max(costs.values(), default=0)
+        assert encode.deal(dict(sorted(costs.items())), homes, n) == goes
+        assert n > 1 or goes == homes                                              # one rank keeps all
+    big = encode.deal({0: 90, 2: 30, 4: 30, 6: 30}, dict.fromkeys((0, 2, 4, 6), 0), 2)
+    assert big == {0: 0, 2: 1, 4: 1, 6: 1}                                         # as even as can be, though all began on one rank
+
+
+def test_what_is_even_stays_at_home():
+    for n in (1, 2, 3, 8):
+        for each in (1, 3):
+            homes = {i: i % n for i in range(n * each)}
+            assert encode.deal(dict.fromkeys(homes, 7), homes, n) == homes
+            assert encode.deal({0: 5}, {0: n - 1}, n) == {0: n - 1}
+    costs = {0: 100, 1: 104, 2: 101, 3: 99, 4: 98, 5: 100}                          # of nearly one cost: most stay
+    assert sum(r != i % 2 for i, r in encode.deal(costs, {i: i % 2 for i in costs}, 2).items()) <= 2
 
 
 def test_examples_in_docstrings():

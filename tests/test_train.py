@@ -4,6 +4,7 @@ Whole runs, small enough for two cores: videos of one event, answers of a dozen 
 sixteen steps of cold start give groups with signal. One run of two ranks under torchrun is shared by most tests.
 """
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +31,7 @@ import encode
 import grpo
 import model as vlm
 import train
-from rollout import rollout, room
+from rollout import Completion, rollout, room
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN = os.path.join(ROOT, "train.py")
@@ -50,9 +51,9 @@ def flags(**how):
     return [f"--{k}={v}" for k, v in how.items()]
 
 
-def torchrun(*arguments, script=TRAIN, **how):
-    """Two ranks, started. `ended` waits for them."""
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *arguments],
+def torchrun(*arguments, script=TRAIN, world=2, **how):
+    """Two ranks, or more, started. `ended` waits for them."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", script, *arguments],
                             env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
 
@@ -144,7 +145,7 @@ def close(a, b, within):
     a, b = timeless(a), timeless(b)
     assert [(r["stage"], r["step"], r.keys()) for r in a] == [(r["stage"], r["step"], r.keys()) for r in b]
     for x, y in zip(a, b):
-        for key in x.keys() - {"stage", "sampler_gap", "sampler_gap_max"}:      # the gap is rounding error itself
+        for key in x.keys() - {"stage", "sampler_gap", "sampler_gap_max", "balance"}:             # the gap is rounding error itself
             assert x[key] == pytest.approx(y[key], rel=within, abs=within), (x["stage"], x["step"], key)
 
 
@@ -203,7 +204,7 @@ def copied(run, tmp_path):
 
 STAGE_KEYS = {"step", "stage", "loss", "grad_norm", "skipped", "dropped", "train_s", "peak_mb"}
 RL_KEYS = {"step", "stage", "reward", "accuracy", "format", "length", "forced", "truncated", "entropy", "clip_low", "clip_high",
-           "valid_groups", "oversample", "sampler_gap", "skipped", "grad_norm", "encode_s", "rollout_s", "train_s", "peak_mb"}
+           "valid_groups", "oversample", "sampler_gap", "balance", "skipped", "grad_norm", "encode_s", "rollout_s", "train_s", "peak_mb"}
 
 
 def test_a_run_logs_one_line_a_step_with_every_promised_key(run):
@@ -446,6 +447,7 @@ def test_a_run_goes_on_the_same_with_other_ranks(ranks, sp):
     assert sum(r["valid_groups"] for r in one) > 1
     close(one[:1], two[:1], 1e-5)
     close(one[1:], two[1:], 1e-3)
+    assert [r["balance"] for r in one] == [1, 1] and all(1 <= r["balance"] <= 2 / sp for r in two)
 
 
 @pytest.mark.parametrize("sp", [2, 1])
@@ -459,6 +461,90 @@ def test_a_sharded_sequence_changes_nothing(ranks, short):
     sharded = metrics(ranks.folder / "sharded")
     close(short[:1], sharded[:1], 1e-5)
     close(short, sharded, 1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# groups dealt over the dp groups
+
+VISION = [60, 3, 30, 2, 45, 9, 12]                          # of each slot: one group is as long as several others together
+STEPS = {"all": [0, 1, 2, 3, 4, 5, 6], "even": [0, 2, 4, 6], "one": [1]}           # home is slot % dp: some ranks have none, at first or at last
+
+
+def group_of(slot, model, tokenizer):
+    """A group that is a function of its slot alone."""
+    noise, n = torch.Generator().manual_seed(slot), VISION[slot]
+    vision = torch.randn(n, 128, generator=noise)
+    prompt = vlm.make_prompt(model, tokenizer, "Which" + " red" * slot, vision, (n, 2, 2), 0.5, f"video {slot}")
+    completions = []
+    for length in torch.randint(2, 9 + 4 * slot, (4,), generator=noise).tolist():
+        sampled = torch.rand(length, generator=noise) < 0.8
+        logprobs = 0.3 * torch.randn(length, generator=noise) - math.log(model.config.text_config.vocab_size)
+        tokens = torch.randint(0, 500, (length,), generator=noise)
+        completions.append(Completion(tokens, sampled, logprobs * sampled, f"{slot}", False, False))
+    sample, rewards = data.Sample(**question(slot, domain="choice")), torch.randn(4, generator=noise)
+    return train.Group(slot, sample, prompt, completions, None, grpo.advantages(rewards))
+
+
+def contents(group):
+    """All that must not part, as dicts and lists."""
+    return [group.slot, asdict(group.sample), vars(group.prompt), [vars(x) for x in group.completions], group.advantages]
+
+
+def dealt_step(slots, ranks, stage2, most):
+    """One optimizer step over slots. -> (slots before and after on each rank, whether all came as they were, metrics, norm, gradient)"""
+    model, tokenizer = vlm.load("tiny", seed=3)
+    model.model.visual.requires_grad_(False)
+    c = train.parse(flags(**SMALL, stage2=stage2, max_tokens=most))
+    groups = {slot: group_of(slot, model, tokenizer) for slot in slots}
+    costs = {slot: len(g.prompt.ids) + sum(len(x.tokens) for x in g.completions) for slot, g in groups.items()}
+    goes = encode.deal(costs, {slot: slot % ranks.dp for slot in slots}, ranks.dp)
+    own = [groups[slot] for slot in slots if slot % ranks.dp == ranks.dp_rank]
+    mine = train.move(own, goes, ranks)
+    short = {slot: replace(g, prompt=replace(g.prompt, vision=g.prompt.vision.bfloat16())) for slot, g in groups.items()}
+    came = mine + train.move([short[g.slot] for g in own], goes, ranks)
+    alike = all(same(contents(g), contents(made[g.slot])) for g, made in zip(came, [groups] * len(mine) + [short] * len(mine)))
+    sums = train.grpo_step(model, mine, c, ranks, vlm.banned_ids(model, tokenizer), len(slots) * 4)
+    every = train.gather(([g.slot for g in own], [g.slot for g in mine], alike, sums), ranks)
+    before, after, alike, sums = zip(*every)
+    return before, after, all(alike), {k: (max if k == "gap_max" else sum)(s[k] for s in sums) for k in sums[0]}, *caught(model, ranks)
+
+
+LAYOUTS = {2: [(1, False)], 4: [(2, False), (2, True), (1, False)]}                # ranks: (sp, stage2)
+
+
+def deal_worker(folder):
+    """What each rank does: every step in every layout of so many ranks. Several micro-steps each, more on some ranks than on others."""
+    world, results = int(os.environ["WORLD_SIZE"]), {}
+    for sp, stage2 in LAYOUTS[world]:
+        ranks = encode.start(sp)
+        results |= {(sp, stage2, name): dealt_step(slots, ranks, stage2, 150) for name, slots in STEPS.items()}
+    if int(os.environ["RANK"]) == 0:
+        torch.save(results, os.path.join(folder, f"{world}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_rank_alone():
+    return {name: dealt_step(slots, ALONE, False, 1 << 20) for name, slots in STEPS.items()}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_groups_that_move_train_as_if_they_had_stayed(one_rank_alone, world, tmp_path):
+    """D16, D29: each group is trained on by one dp group, with its own video bit for bit, and the ranks' gradients sum to one rank's."""
+    ended_well = ended(torchrun("deal", str(tmp_path), script=os.path.abspath(__file__), world=world))
+    assert ended_well.code == 0, ended_well.err
+    results = torch.load(tmp_path / f"{world}.pt")
+    assert len(results) == len(LAYOUTS[world]) * len(STEPS)
+    for (sp, stage2, name), (before, after, alike, sums, norm, gradient) in results.items():
+        *_, sums_alone, norm_alone, expected = one_rank_alone[name]
+        case = (sp, stage2, name, before, after)
+        assert alike and sorted(sum(after[::sp], [])) == STEPS[name], case
+        assert all(after[r] == after[r - r % sp] for r in range(world)), case      # the sp ranks of a dp group hold the same
+        assert (before != after) == (name != "one"), case                          # a group alone has no cause to move
+        assert (min(map(len, after)) == 0) == (name == "one") and (min(map(len, before)) == 0) == (name != "all"), case
+        error = (gradient - expected).norm() / expected.norm()
+        assert error < 1e-5 and norm == pytest.approx(norm_alone, rel=1e-5) and norm_alone > 0.01, (case, float(error))
+        assert sums == pytest.approx(sums_alone, rel=1e-4, abs=1e-4) and sums["clip_low"] + sums["clip_high"] > 0, case
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -563,6 +649,14 @@ def test_micro_batches_keep_the_order_and_the_bound():
                 b = b + after[:1]
                 assert (len(b) * max(b) if padded else sum(b)) > most
     assert list(train.micro_batches([], len, 5)) == []
+
+
+def test_longest_first_no_order_has_fewer_micro_batches():
+    """Every cut is the greedy one of some order."""
+    for items in ([3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8], [1, 1, 1, 6, 6, 6]):
+        for most in (1, 6, 9, 12, 16, 24, 60):
+            count = lambda order: len(list(train.micro_batches(order, lambda x: x, most)))
+            assert count(sorted(items, reverse=True)) == min(map(count, itertools.permutations(items)))
 
 
 def test_the_size_of_a_forward_changes_nothing(run, short, tmp_path):
@@ -993,4 +1087,4 @@ def test_what_a_kill_leaves_half_written_is_in_nobodys_way(run, copied):
 
 
 if __name__ == "__main__":
-    worker(*sys.argv[1:])
+    deal_worker(*sys.argv[2:]) if sys.argv[1] == "deal" else worker(*sys.argv[1:])
