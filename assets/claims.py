@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SEEDS = (0, 1, 2)
-RL = "--sft_steps=0 --rl_steps=20 --prompts_per_step=16 --eval_every=4 --show_every=0"
+RL = "--sft_steps=0 --rl_steps=20 --prompts_per_step=16 --eval_every=5 --eval_samples=192 --show_every=0"
 FIVE = "--think_budget=112 --answer_budget=24 --data=toy:"      # a thought that reads letters is longer, and so is a box
 MIXED = f"{FIVE}plot,temporal,spatial,reading,grounding"
 LONG = "--data=toy:long --frames=128"
