@@ -887,14 +887,9 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
         if isinstance(graded, str):
             continue
         groups.append(Group(i, sample, prompt, xs, graded, grpo.advantages(torch.tensor([g.total for g in graded]))))
-<<<<<<< HEAD
         stats[i] = [{"reward": g.total, "accuracy": g.accuracy, "format": g.format, "length": len(x.tokens), "forced": x.forced,
                      "truncated": x.truncated, "sampled": int(x.sampled.sum()), "answer": rewards.extract_answer(x.text),
                      "prefix": len(prompt.ids)} for g, x in zip(graded, xs)]
-=======
-        stats[i] = [(g.total, g.accuracy, g.format, len(x.tokens), int(x.sampled.sum()), x.forced, x.truncated, len(prompt.ids))
-                    for g, x in zip(graded, xs)]
->>>>>>> h-even
     stats = {i: rows for part in gather(stats, ranks) for i, rows in part.items()}             # of all dp groups
     accuracies = {i: [row["accuracy"] for row in rows] for i, rows in sorted(stats.items())}
     for i, a in accuracies.items():
@@ -914,13 +909,8 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
         for u in range(updates):
             lo, hi = encode.shard(len(valid), u, updates)
             part = valid[lo:hi]
-<<<<<<< HEAD
             divisor = len(part) * c.group_size if c.loss_average == "sample" else sum(row["sampled"] for i in part for row in stats[i])
             costs = {i: stats[i][0]["prefix"] + sum(row["length"] for row in stats[i]) for i in part}
-=======
-            divisor = len(part) * c.group_size if c.loss_average == "sample" else sum(row[4] for i in part for row in stats[i])
-            costs = {i: stats[i][0][7] + sum(row[3] for row in stats[i]) for i in part}          # prompt and completions
->>>>>>> h-even
             goes = encode.deal(costs, {i: i % ranks.dp for i in part}, ranks.dp)
             loads = [sum(costs[i] for i in part if goes[i] == r) for r in range(ranks.dp)]
             balance.append(max(loads) * ranks.dp / sum(loads))
@@ -957,11 +947,7 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
             "oversample": asked / c.prompts_per_step, "invalid_rate": 1 - signal / len(accuracies) if accuracies else 0.0,
             "sampler_gap": first["gap"] / max(1.0, first["tokens"]) if first else 0.0,
             "sampler_gap_max": first["gap_max"] if first else 0.0, "skipped": skipped, "dropped": len(curriculum.dropped),
-<<<<<<< HEAD
             "unscored": len(unscored), **domains, "balance": mean(balance) if balance else 1.0, "grad_norm": mean(norms),
-=======
-            "unscored": len(unscored), "balance": mean(balance) if balance else 1.0, "grad_norm": mean(norms),
->>>>>>> h-even
             **{f"{k}_s": round(v, 4) for k, v in clock.seconds.items()}}
 
 

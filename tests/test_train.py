@@ -501,15 +501,9 @@ def dealt_step(slots, ranks, stage2, most):
     goes = encode.deal(costs, {slot: slot % ranks.dp for slot in slots}, ranks.dp)
     own = [groups[slot] for slot in slots if slot % ranks.dp == ranks.dp_rank]
     mine = train.move(own, goes, ranks)
-<<<<<<< HEAD
-    short = [replace(g, prompt=replace(g.prompt, vision=g.prompt.vision.bfloat16())) for g in own]
-    alike = all(same(contents(g), contents(groups[g.slot])) for g in mine) and all(
-        torch.equal(g.prompt.vision, groups[g.slot].prompt.vision.bfloat16()) for g in train.move(short, goes, ranks))
-=======
     short = {slot: replace(g, prompt=replace(g.prompt, vision=g.prompt.vision.bfloat16())) for slot, g in groups.items()}
     came = mine + train.move([short[g.slot] for g in own], goes, ranks)
     alike = all(same(contents(g), contents(made[g.slot])) for g, made in zip(came, [groups] * len(mine) + [short] * len(mine)))
->>>>>>> h-even
     sums = train.grpo_step(model, mine, c, ranks, vlm.banned_ids(model, tokenizer), len(slots) * 4)
     every = train.gather(([g.slot for g in own], [g.slot for g in mine], alike, sums), ranks)
     before, after, alike, sums = zip(*every)
