@@ -9,7 +9,8 @@ Teach a vision-language model to reason about long videos. One script, from one 
                               --answer_budget=256 --stage2=true --checkpointing=true --rollout=vllm
   two such boxes          the same on each, with --nnodes=2 --node_rank=0 (1 on the other) --master_addr=FIRST_BOX
                               --master_port=29500 in place of --standalone, and an --out_dir that both see
-  look at a result        python train.py --mode=eval --model=out/model
+  look at a result        python train.py --mode=eval --model=out/model, and at other frames or thinking budgets with
+                              --eval_frames=16,64,256 --eval_budgets=0,48,96
   know what is hard       python train.py --mode=grade --model=MODEL --data=DATA --out_dir=graded, and for the training after it
                               --model=MODEL --data=DATA --out_dir=out-my --grades=graded/grades.jsonl
 

@@ -1,8 +1,9 @@
 """
 The claims table: which of both papers' claims are seen on the built-in videos. Small runs, three seeds.
 
-    python assets/claims.py OUT                  makes what is missing, two runs at a time on a core each, and prints the tables
-    python assets/claims.py OUT base kl          only these rows' runs
+    python assets/claims.py out-claims               makes what is missing, two runs at a time, a core each; then prints the tables
+    python assets/claims.py out-claims cold base kl  these runs alone
+    python assets/claims.py out-claims tables        none: the tables of what is there
 
 A row of RUNS is a run: the one whose checkpoint it starts from, and train.py's arguments. A run that was stopped goes on,
 one that is whole is not made again; its command stands in OUT/NAME-SEED.log.
@@ -76,7 +77,8 @@ def main(out, names):
             if name == "kl":
                 code = os.path.join(out, f"kl-code-{seed}")
                 shutil.copytree(ROOT, code, ignore=shutil.ignore_patterns(".git", "out*", "tests"), dirs_exist_ok=True)
-                subprocess.run(["git", "apply", os.path.join(ROOT, "assets", "kl.diff")], cwd=code, check=True)
+                subprocess.run(["git", "apply", os.path.join(ROOT, "assets", "kl.diff")], cwd=code, check=True,
+                               env={**os.environ, "GIT_DIR": os.path.join(code, "none")})      # or, below a repository, it does nothing
             model = f" --model={out}/{start}-{seed}/model" if start else ""
             call(name, seed, f"{where}.log", f"{arguments}{model} --out_dir={where} --save_every=1000", code)
             open(f"{where}.done", "w").close()
@@ -247,6 +249,8 @@ def tables():
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__.strip())
-    OUT = os.path.abspath(sys.argv[1])
-    main(OUT, [name for name in sys.argv[2:] or RUNS if name != "none"] if "tables" not in sys.argv else [])
+    OUT, names = os.path.abspath(sys.argv[1]), sys.argv[2:] or list(RUNS)
+    if unknown := set(names) - {*RUNS, "tables"}:
+        sys.exit(f"no run is called {', '.join(unknown)}; there are: {', '.join(RUNS)}")
+    main(OUT, [name for name in names if name != "tables"])
     tables()
