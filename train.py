@@ -507,13 +507,21 @@ def evaluate(model, tokenizer, samples, c, ranks, cache, engine=None, k=0, grade
     return result | {"tiers": [{"samples": len(tier), "accuracy": mean(tier)} for tier in tiers]} if known.recent else result
 
 
-def sweep_table(results):
-    """Text, a line for each of evaluate's results."""
-    lines = ["frames  thinking tokens  accuracy  format  forced  of these right  tokens an answer"]
-    for r in results:
+def eval_table(result, rows):
+    """Text: evaluate's result by domain and by tier, and a line for each of a sweep."""
+    percent = lambda x, wide: f"{x:{wide}.1%}" if x is not None else "-".rjust(wide)
+    parts = [(domain, "", accuracy) for domain, accuracy in result["domains"].items()]
+    for i, (word, tier) in enumerate(zip((" (hard)", "", "", "", " (easy)"), result.get("tiers", []))):
+        parts.append((f"tier {i}{word}", tier["samples"], tier["accuracy"] if tier["samples"] else None))
+    parts.append(("all", result["samples"], result["accuracy"]))
+    lines = [f"{'':14} samples  accuracy"] + [f"{name:14} {n:>7} {percent(accuracy, 9)}" for name, n, accuracy in parts]
+    lines[-1] += f"; format {result['format']:.1%}, " + ", ".join(f"{k} {v:.1%}" for k, v in result.items() if k.startswith("pass@"))
+    if rows:
+        lines += ["", "frames  thinking tokens  accuracy  format  forced  of these right  tokens an answer"]
+    for r in rows:
         span = f"{r['think_least']}-{r['think_budget']}" if r["think_least"] else r["think_budget"]
-        lines.append(f"{r['frames']:6d} {span:>16} {r['accuracy']:9.1%} {r['format']:7.1%} {r['forced']:7.1%} "
-                     + (f"{r['forced_accuracy']:15.1%}" if r["forced"] else f"{'-':>15}") + f" {r['length']:17.1f}")
+        lines.append(f"{r['frames']:6d} {span:>16} {percent(r['accuracy'], 9)} {percent(r['format'], 7)} {percent(r['forced'], 7)} "
+                     f"{percent(r['forced_accuracy'] if r['forced'] else None, 15)} {r['length']:17.1f}")
     return "\n".join(lines)
 
 
@@ -676,10 +684,11 @@ def main(c):
         rows = [evaluate(model, tokenizer, held, replace(c, frames=frames, think_budget=most), ranks, cache, engine, think_least=least)
                 for frames, least, most in tqdm(sweep(c), desc="eval", disable=ranks.rank != 0 or not sweep(c))]
         if ranks.rank == 0:
+            print(eval_table(result, rows))
             if rows:
                 os.makedirs(c.out_dir, exist_ok=True)
                 draw_sweep(rows, os.path.join(c.out_dir, "eval.png"))
-                print(sweep_table(rows) + f"\n{c.out_dir}/eval.png")
+                print(f"{c.out_dir}/eval.png")
             print(json.dumps(result | {"rows": rows} if rows else result), flush=True)
         return
 

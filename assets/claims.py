@@ -220,6 +220,13 @@ def mean(xs):
     return "never in one of three" if float("inf") in xs else f"{statistics.mean(xs):,.{digits}f} ± {statistics.stdev(xs):.{digits}f}"
 
 
+def flags(name):
+    """What a run is given that the others are not, its cold start's with it."""
+    start, arguments = RUNS[name]
+    given = [x for x in f"{RUNS[start][1] if start else ''} {arguments}".split() if x not in f"--rl_steps=0 {RL}".split()]
+    return f" `{' '.join(dict.fromkeys(given))}`" if given else ""
+
+
 def tables():
     def every(measure, name):
         return [measure(name, seed) for seed in SEEDS]
@@ -228,7 +235,7 @@ def tables():
     for claim, what, measure, a, sign, b in CLAIMS:
         try:
             x, y = every(measure, a), every(measure, b)
-            print(f"| {claim} | {what} | {mean(x)} (`{a}`) | {mean(y)} (`{b}`) | {verdict(x, sign, y)} |")
+            print(f"| {claim} | {what} | {mean(x)}{flags(a)} | {mean(y)}{flags(b)} | {verdict(x, sign, y)} |")
         except FileNotFoundError as e:
             print(f"| {claim} | {what} | | | not run: no {os.path.relpath(e.filename, OUT)} |")
     try:
