@@ -223,8 +223,9 @@ def mean(xs):
 def flags(name):
     """What a run is given that the others are not, its cold start's with it."""
     start, arguments = RUNS[name]
-    given = [x for x in f"{RUNS[start][1] if start else ''} {arguments}".split() if x not in f"--rl_steps=0 {RL}".split()]
-    return f" `{' '.join(dict.fromkeys(given))}`" if given else ""
+    before, after = RUNS[start][1] if start else "", arguments.replace(RL, "")
+    given = dict.fromkeys(x for x in f"{before} {after}".split() if x != "--rl_steps=0")
+    return f" `{' '.join(given)}`" if given else ""
 
 
 def tables():
