@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SEEDS = (0, 1, 2)
@@ -41,7 +42,7 @@ RUNS = {
     "hacked": ("cold", f"{RL} --verifiers=count=assets/hackable.py:judge"),
     "cold-long": ("", f"--rl_steps=0 {LONG}"),
     "thinks": ("cold-long", f"{RL} {LONG}"),
-    "cold-once": ("", f"--rl_steps=0 {LONG} --think_budget=0"),
+    "cold-once": ("cold-long", f"--rl_steps=0 --sft_steps=190 {LONG} --think_budget=0"),
     "once": ("cold-once", f"{RL} {LONG} --think_budget=0"),
     "cold-five": ("", f"--rl_steps=0 {MIXED}"),
     "five": ("cold-five", f"{RL} {MIXED}"),
@@ -69,9 +70,14 @@ def main(out, names):
             print("python", *command[1:], file=f, flush=True)
             subprocess.run(command, cwd=code, env=one_core, stdout=f, stderr=f, check=True)
 
-    def make(job):
-        name, seed = job
+    def make(name, seed):
         start, arguments = RUNS[name]
+        if start:
+            make(start, seed)
+        with locks[name, seed]:                            # who needs the same start waits for it
+            run(name, seed, start, arguments)
+
+    def run(name, seed, start, arguments):
         where, code = os.path.join(out, f"{name}-{seed}"), ROOT
         if not os.path.exists(f"{where}.done"):
             if name == "kl":
@@ -86,12 +92,13 @@ def main(out, names):
             call(name, seed, f"{where}.eval", f"--mode=eval {LOOKS[name]} --model={where}/model --out_dir={where}")
             with open(f"{where}.eval") as f, open(f"{where}.json", "w") as g:
                 g.write(f.read().strip().rpartition("\n")[2])
-        print(name, seed, flush=True)
 
-    for first in (True, False):                            # the checkpoints first, then what starts from them
-        jobs = [(name, seed) for seed in SEEDS for name in names if (not RUNS[name][0]) == first]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(make, jobs))
+    locks = {(name, seed): Lock() for name in RUNS for seed in SEEDS}
+    with ThreadPoolExecutor(2) as pool:
+        for seed in SEEDS:
+            for name in names:
+                pool.submit(make, name, seed).add_done_callback(
+                    lambda job, what=f"{name} {seed}": print(what, "failed: see its .log" if job.exception() else "done", flush=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
