@@ -36,8 +36,8 @@ class Completion:
     sampled: torch.Tensor      # [L] bool, False where forced: such a token carries no loss
     logprobs: torch.Tensor     # [L] float32, under the sampler; 0 where forced
     text: str
-    forced: bool               # the thinking budget ran out
-    truncated: bool            # the answer budget ran out too
+    forced: bool               # the thinking budget ran out, and an answer was begun for it
+    truncated: bool            # it was ended by a budget: the answer's; or the thinking's, where no answer is forced
 
 
 class SharedPrefix:
@@ -87,7 +87,7 @@ def stream(*key):
 
 def limits(think_budget, answer_budget, force=True, think_least=0):
     """The budgets, and what happens at their ends, as `sample` takes them. With no time to think at all the empty thought is
-    written whole; force=False: nothing is written, a completion ends with its thinking, unanswered."""
+    written whole; force=False: nothing is written, a completion that thinks too long ends unanswered."""
     forced = ("" if think_budget else "<think>") + FORCED if force else None
     return {"think_budget": think_budget, "answer_budget": answer_budget, "forced": forced, "think_least": think_least}
 
@@ -156,7 +156,7 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
         for r, row in enumerate(rows):
             if row.thinking and row.left == 0 and not row.done:                # time is up
                 row.thinking, row.forced, row.queue, row.left = False, True, tuple(forced_ids), answer_budget
-            elif row.thinking and row.length < think_least and not row.queue:  # too early to stop: the tag's first token betrays it
+            elif row.thinking and row.length < think_least and not row.queue:  # too early to stop: "</" betrays the tag
                 if picked[r] in stops or "</" in row.tail[-1:] + piece(picked[r]):
                     row.queue, row.tail = tuple(wait_ids), ""
             own.append(not row.queue and not row.done)

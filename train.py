@@ -56,7 +56,7 @@ class Config:
     cache_gb: float = 4.0          # of vision tokens in each rank's memory
     out_dir: str = "out"           # checkpoints, metrics.jsonl, curves.png; a run found here goes on
     mode: str = "train"            # "train"; "eval": greedy accuracy and pass@k of `model`, one JSON line last; or "grade": how many
-                                   # of group_size answers of `model` are right, for each training sample, to out_dir/grades.jsonl
+                                   # of group_size answers of `model` are right, for each sample of data, to out_dir/grades.jsonl
     seed: int = 0                  # all randomness is a function of seed, step, sample and completion number
     # where
     sp: int = 0                    # ranks that share one video; 0: all of this machine; 1: none share
@@ -161,8 +161,9 @@ def check(c, ranks):
     if not (c.force_answer or c.think_budget):
         raise ValueError("think_budget = 0 and force_answer = false leave no answer: no thought, and nothing written after it")
     for frames, least, most in sweep(c):
-        if frames < 1 or not 0 <= least <= most:
-            raise ValueError(f"--eval_frames={c.eval_frames} --eval_budgets={c.eval_budgets}: frames are at least 1, a budget at least 0")
+        if frames < 1 or least > most or not (most or c.force_answer):
+            raise ValueError(f"--eval_frames={c.eval_frames} --eval_budgets={c.eval_budgets}: frames are at least 1, the least budget no larger "
+                             "than the most, and a budget of 0 needs force_answer")
         if least and c.rollout != "torch":
             raise ValueError(f"--eval_budgets={c.eval_budgets}: a least budget is the torch engine's alone; leave out --rollout")
     if not 1 <= c.oversample_cap < math.inf:
@@ -471,7 +472,7 @@ def evaluate(model, tokenizer, samples, c, ranks, cache, engine=None, k=0, grade
     """Greedy accuracy and format on held-out samples, per domain too; with k, pass@1 and pass@k of group_size sampled answers.
 
     grades: {id: (correct, total)}, by which accuracy is told per tier of difficulty; none: the answers sampled here serve.
-    Samples are dealt over the dp groups. One that cannot be read is dropped and counted. -> dict on every rank
+    Samples are dealt over the dp groups. One that cannot be read, or graded, is dropped and counted. -> dict on every rank
     """
     rows = []
     share = list(range(ranks.dp_rank, len(samples), ranks.dp))
@@ -498,7 +499,7 @@ def evaluate(model, tokenizer, samples, c, ranks, cache, engine=None, k=0, grade
     result = {"samples": len(rows), "dropped": len(lost), "frames": c.frames, "think_budget": c.think_budget, "think_least": think_least,
               **{name: mean([float(r[n]) for r in rows]) for n, name in
                  ((2, "accuracy"), (3, "format"), (4, "forced"), (5, "truncated"), (6, "length"))},
-              "forced_accuracy": mean([r[2] for r in rows if r[4]])}
+              "forced_accuracy": mean([r[2] for r in rows if r[4]]) if any(r[4] for r in rows) else None}
     if k:
         result |= {f"pass@{n}": mean([pass_at(n, r[7]) for r in rows]) for n in (1, k)}
     result["domains"] = {d: mean([r[2] for r in rows if r[1] == d]) for d in sorted({r[1] for r in rows})}
@@ -513,33 +514,34 @@ def eval_table(result, rows):
     parts = [(domain, "", accuracy) for domain, accuracy in result["domains"].items()]
     for i, (word, tier) in enumerate(zip((" (hard)", "", "", "", " (easy)"), result.get("tiers", []))):
         parts.append((f"tier {i}{word}", tier["samples"], tier["accuracy"] if tier["samples"] else None))
-    parts.append(("all", result["samples"], result["accuracy"]))
+    parts.append(("all", result["samples"], result["accuracy"]))               # tiers: by the grades given, or else by its own answers
     lines = [f"{'':14} samples  accuracy"] + [f"{name:14} {n:>7} {percent(accuracy, 9)}" for name, n, accuracy in parts]
+    lines[-1] += f"; {result['dropped']} dropped" * bool(result["dropped"])
     lines[-1] += f"; format {result['format']:.1%}, " + ", ".join(f"{k} {v:.1%}" for k, v in result.items() if k.startswith("pass@"))
     if rows:
-        lines += ["", "frames  thinking tokens  accuracy  format  forced  of these right  tokens an answer"]
+        lines += ["", "frames  thinking tokens  samples  accuracy  format  forced  of these right  tokens an answer"]
     for r in rows:
         span = f"{r['think_least']}-{r['think_budget']}" if r["think_least"] else r["think_budget"]
-        lines.append(f"{r['frames']:6d} {span:>16} {percent(r['accuracy'], 9)} {percent(r['format'], 7)} {percent(r['forced'], 7)} "
-                     f"{percent(r['forced_accuracy'] if r['forced'] else None, 15)} {r['length']:17.1f}")
+        lines.append(f"{r['frames']:6d} {span:>16} {r['samples']:8d} {percent(r['accuracy'], 9)} {percent(r['format'], 7)} {percent(r['forced'], 7)} "
+                     f"{percent(r['forced_accuracy'], 15)} {r['length']:17.1f}")
     return "\n".join(lines)
 
 
 def draw_sweep(results, path):
     """Accuracy against thinking tokens, a line for each number of frames; or against frames, where these alone vary."""
     from matplotlib.figure import Figure
-    axis, budgets = Figure(figsize=(6, 4), layout="constrained").subplots(), {r["think_budget"] for r in results}
+    axis, budgets = Figure(figsize=(6, 4), layout="constrained").subplots(), {(r["think_least"], r["think_budget"]) for r in results}
     if len(budgets) > 1:
         for i, frames in enumerate(sorted({r["frames"] for r in results})):
             for least, mark in ((False, "o-"), (True, "^:")):
-                line = sorted((r["length"] if least else r["think_budget"], r["accuracy"]) for r in results
+                line = sorted((r["think_least"] or r["think_budget"], r["accuracy"]) for r in results
                               if r["frames"] == frames and bool(r["think_least"]) == least)
                 if line:
-                    axis.plot(*zip(*line), mark, color=f"C{i}", label=f"{frames} frames" + ", thinking made longer" * least)
+                    axis.plot(*zip(*line), mark, color=f"C{i}", label=f"{frames} frames, " + ("at least so many" if least else "at most"))
         axis.legend(frameon=False)
     else:
         axis.plot(*zip(*sorted((r["frames"], r["accuracy"]) for r in results)), "o-")
-    axis.set(title="held-out accuracy, greedy", xlabel="most tokens of thinking" if len(budgets) > 1 else "frames", ylim=(0, 1))
+    axis.set(title="held-out accuracy, greedy", xlabel="tokens of thinking" if len(budgets) > 1 else "frames", ylim=(0, 1))
     axis.figure.savefig(path, dpi=100)
 
 
@@ -547,8 +549,8 @@ def draw_sweep(results, path):
 # grading: how hard is each question for a model, before training (GLM-4.1V §5.3: offline pass@k)
 
 def grade(model, tokenizer, samples, c, ranks, cache, engine, say):
-    """Sample group_size answers to every sample that out_dir/grades.jsonl does not have yet, and add a line for each. Those held
-    out come first: training does not look at their grades, an evaluation tells accuracy by them.
+    """Sample group_size answers to every sample that out_dir/grades.jsonl does not have yet, and add a line for each. Those of data
+    that are held out come first: training does not look at their grades, an evaluation tells accuracy by them.
 
     prompts_per_step samples at a time are dealt over the dp groups; one that cannot be read is named and gets no line.
     """
@@ -678,6 +680,8 @@ def main(c):
     if c.mode == "eval":
         model, tokenizer = load(c.model)
         engine = start_engine(c, c.model, model, tokenizer, ranks)
+        if sweep(c):
+            os.makedirs(c.out_dir, exist_ok=True)
         result = evaluate(model, tokenizer, held, c, ranks, cache, engine, c.pass_k or c.group_size, grades)
         if not result["samples"]:
             raise ValueError(f"no sample could be evaluated: {result['why']}")
@@ -686,7 +690,6 @@ def main(c):
         if ranks.rank == 0:
             print(eval_table(result, rows))
             if rows:
-                os.makedirs(c.out_dir, exist_ok=True)
                 draw_sweep(rows, os.path.join(c.out_dir, "eval.png"))
                 print(f"{c.out_dir}/eval.png")
             print(json.dumps(result | {"rows": rows} if rows else result), flush=True)
@@ -948,9 +951,9 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
     domains = {}
     for domain in sorted({drawn[i].domain for i in stats}):
         own = [row for i in stats if drawn[i].domain == domain for row in stats[i]]
-        commonest = Counter(row["answer"] for row in own).most_common(1)[0][1]  # where one answer pays for all, a verifier is fooled
+        commonest = max(Counter(row["answer"] for row in own if row["answer"] is not None).values(), default=0)
         domains |= {f"{k}_{domain}": mean([row[k] for row in own]) for k in ("accuracy", "length")}
-        domains[f"same_answer_{domain}"] = commonest / len(own)
+        domains[f"same_answer_{domain}"] = commonest / len(own)                # near 1: a verifier is fooled by one answer to everything
     return {**{k: mean([float(row[k]) for row in rows]) for k in ("reward", "accuracy", "format", "length", "forced", "truncated")},
             "entropy": sums.get("entropy", 0.0) / tokens, "clip_low": sums.get("clip_low", 0.0) / tokens,
             "clip_high": sums.get("clip_high", 0.0) / tokens, "valid_groups": len(valid),

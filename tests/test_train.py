@@ -746,6 +746,25 @@ def test_eval_looks_at_every_budget_and_number_of_frames_asked_for(run, files, t
     assert all(r["forced"] == 1 and r["length"] > 8 for r in whole["rows"] if not r["think_budget"])
 
 
+def test_the_tables_and_the_picture_show_what_was_evaluated(monkeypatch):
+    """The dotted line stood at the mean length of an answer, and budgets with one upper end were drawn against frames."""
+    from matplotlib.figure import Figure
+    row = {"samples": 9, "format": 1.0, "forced": 0.0, "forced_accuracy": None, "length": 70.0}
+    rows = [{**row, "frames": 4, "think_least": least, "think_budget": most, "accuracy": least / 100} for least, most in ((20, 90), (60, 90))]
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self))
+    train.draw_sweep(rows, "none.png")
+    train.draw_sweep([{**rows[0], "frames": f, "accuracy": f / 100} for f in (64, 16)], "none.png")
+    points = [[(list(line.get_xdata()), list(line.get_ydata())) for line in f.axes[0].lines] for f in figures]
+    assert points == [[([20, 60], [0.2, 0.6])], [([16, 64], [0.16, 0.64])]]
+    result = {**row, "dropped": 2, "accuracy": 1 / 3, "domains": {"count": 0.5}, "tiers": [{"samples": n, "accuracy": 0.25} for n in (0, 4, 0, 0, 5)],
+              "pass@1": 0.3, "pass@8": 0.75}
+    table = train.eval_table(result, rows).split("\n")
+    assert table[1].split() == ["count", "50.0%"] and table[2].split()[2:] == ["(hard)", "0", "-"] and table[3].split()[2:] == ["4", "25.0%"]
+    assert table[7].split() == ["all", "9", "33.3%;", "2", "dropped;", "format", "100.0%,", "pass@1", "30.0%,", "pass@8", "75.0%"]
+    assert table[-1].split() == ["4", "60-90", "9", "60.0%", "100.0%", "0.0%", "-", "70.0"]
+
+
 def test_without_force_no_thought_that_was_cut_earns_anything(run, tmp_path, capsys):
     """GLM-4.1V §5.3.1: with force the same cut thoughts are answered, and graded as any answer."""
     results = []
@@ -873,7 +892,7 @@ def test_a_bad_argument_is_named(argument, says):
     (dict(prompts_per_step=5), "prompts_per_step = 5 is not divisible by the 3 dp groups"),
     (dict(pass_k=9), "pass_k = 9 is more than group_size = 8"), (dict(think_budget=0, force_answer=False), "leave no answer"),
     (dict(eval_frames="16,x"), "whole numbers"), (dict(eval_budgets="1-2-3"), "whole numbers"), (dict(eval_budgets="-4"), "whole numbers"),
-    (dict(eval_budgets="9-4"), "--eval_budgets=9-4"), (dict(eval_frames="0"), "frames are at least 1"),
+    (dict(eval_budgets="9-4"), "--eval_budgets=9-4"), (dict(eval_budgets="8,0", force_answer=False), "a budget of 0 needs force_answer"), (dict(eval_frames="0"), "frames are at least 1"),
     (dict(eval_budgets="4-9", rollout="vllm"), "torch engine's alone"),
     *[(dict(oversample_cap=cap), "oversample_cap = ") for cap in (0.9, -1.0, math.nan, math.inf)],
     *[({key: 0}, f"{key} = 0 must be at least 1") for key in ("frames", "max_tokens", "vllm_length", "sft_batch", "prompts_per_step",
