@@ -157,7 +157,10 @@ def encode(tower, open_patches, ranks, group=64):
         parts = []
         for first, last in spans(t, ranks, group):
             patches = read(first, last).to(ranks.device, tower.dtype)
-            parts.append(tower(patches, grid_thw=torch.tensor([[last - first, h, w]], device=ranks.device)).pooler_output)
+            grids = [[last - first, h, w]]
+            if tower.config.model_type.startswith("glm4v"):                    # it takes one temporal patch at a time
+                grids = [[1, h, w]] * (last - first)
+            parts.append(tower(patches, grid_thw=torch.tensor(grids, device=ranks.device)).pooler_output)
         return (t, h, w), h * w // merge ** 2, parts       # a temporal patch is so many vision tokens
 
     (t, h, w), tokens, parts = together(own, ranks)

@@ -31,6 +31,11 @@ logging.disable_progress_bar()          # one bar is enough: train.py's
 
 INSTRUCTION = ("First reason between <think> and </think>, "
                "then give the answer between <answer> and </answer>.")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<|begin_of_box|>", "<|end_of_box|>")    # control tokens to GLM-4.1V
+
+# The families that are read, and the names by which transformers finds their processors: of pictures, of videos, of both and text.
+FAMILIES = {"qwen2_5_vl": ("Qwen2VLImageProcessor", "Qwen2VLVideoProcessor", "Qwen2_5_VLProcessor"),
+            "glm4v": ("Glm4vImageProcessor", "Glm4vVideoProcessor", "Glm4vProcessor")}
 
 
 @dataclass
@@ -39,7 +44,7 @@ class Prompt:
     ids: torch.Tensor        # [P] long, vision pads already expanded
     positions: torch.Tensor  # [3, P] long, M-RoPE: time, height, width
     vision: torch.Tensor     # [V, D] gathered vision tokens; no gradient, but where the tower itself trains
-    grids: list              # (t, h, w) in patches of each run of vision tokens
+    grids: list              # (t, h, w) in patches of each run of vision tokens: one; GLM-4.1V: one a temporal patch
     seconds: float = 0.0     # between two temporal patches
     key: str = ""            # what the cache calls the video
 
@@ -57,10 +62,12 @@ class Pixels:
     merge: int        # merge x merge patches become one vision token
     min_pixels: int   # of one frame, after resizing
     max_pixels: int
+    video_pixels: tuple = ()  # bounds of all frames of a video together (GLM-4.1V), besides those of one
 
 
-def read_pixels(name):
-    """The `Pixels` of a checkpoint directory or hub name. Raises ValueError where it has no preprocessing file."""
+def read_pixels(name, together=False):
+    """The `Pixels` of a checkpoint directory or hub name; together: the bounds in its files are of a whole video (GLM-4.1V).
+    Raises ValueError where it has no preprocessing file."""
     for file in ("video_preprocessor_config.json", "processor_config.json", "preprocessor_config.json"):
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
         if path is None:
@@ -71,39 +78,51 @@ def read_pixels(name):
         if "image_mean" not in c:
             continue
         size = c.get("size") or {}
-        return Pixels(c["image_mean"], c["image_std"], c["patch_size"], c["temporal_patch_size"], c["merge_size"],
-                      c.get("min_pixels") or size["shortest_edge"], c.get("max_pixels") or size["longest_edge"])
+        shared = c["image_mean"], c["image_std"], c["patch_size"], c["temporal_patch_size"], c["merge_size"]
+        if together:                                       # the defaults are transformers'; max_frame_pixels is ours: see save
+            least, most = size.get("shortest_edge", 112 * 112), size.get("longest_edge", 28 * 28 * 2 * 30000)
+            return Pixels(*shared, 0, c.get("max_frame_pixels", most), (least, most))
+        return Pixels(*shared, c.get("min_pixels") or size["shortest_edge"], c.get("max_pixels") or size["longest_edge"])
     raise ValueError(f"{name} has no video_preprocessor_config.json, processor_config.json or "
                      "preprocessor_config.json with image_mean in it; copy the one its authors publish")
 
 
-def frame_size(height, width, px):
+def frame_size(height, width, px, frames=1):
     """The size frames are resized to: both sides whole vision tokens, the area within the checkpoint's bounds.
+    frames: how many the video has, which matters where all of them together have bounds.
 
     >>> frame_size(720, 1280, Pixels([], [], 14, 2, 2, 28 * 28, 112 * 112))
     (84, 140)
     """
-    unit = px.patch * px.merge
+    unit, bounds = px.patch * px.merge, [(1, 1, px.min_pixels, px.max_pixels)]
+    if px.video_pixels:
+        n = max(frames, px.temporal)                       # a picture is repeated to fill a temporal patch
+        bounds.insert(0, (n, round(n / px.temporal) * px.temporal, *px.video_pixels))              # as transformers counts them
+        if min(height, width) < unit:
+            scale = max(unit / height, unit / width)
+            height, width = int(height * scale), int(width * scale)
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"frames of {height} x {width}: sides that differ more than 200 times are not supported")
     h, w = round(height / unit) * unit, round(width / unit) * unit
-    if h * w > px.max_pixels:
-        shrink = math.sqrt(height * width / px.max_pixels)
-        h, w = (max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width))
-    elif h * w < px.min_pixels:
-        grow = math.sqrt(px.min_pixels / (height * width))
-        h, w = (math.ceil(side * grow / unit) * unit for side in (height, width))
+    for n, t, least, most in bounds:
+        if t * h * w > most:
+            shrink = math.sqrt(n * height * width / most)
+            h, w = (max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width))
+        elif t * h * w < least:
+            grow = math.sqrt(least / (n * height * width))
+            h, w = (math.ceil(side * grow / unit) * unit for side in (height, width))
     return h, w
 
 
-def patchify(frames, px):
-    """Frames to the tower's input, as Qwen2.5-VL orders it: patches of one vision token stand together.
+def patchify(frames, px, size=None):
+    """Frames to the tower's input, as Qwen2.5-VL and GLM-4.1V order it: patches of one vision token stand together.
 
-    frames: uint8 [T,H,W,3]; px: `Pixels`. Returns (float32 [t*h*w, 3*temporal*patch*patch], (t, h, w) in patches).
+    frames: uint8 [T,H,W,3]; px: `Pixels`; size: (height, width) they are resized to, None where they are a whole video.
+    Returns (float32 [t*h*w, 3*temporal*patch*patch], (t, h, w) in patches).
     An odd last frame is repeated to fill its temporal patch.
     """
     x = torch.as_tensor(frames).permute(0, 3, 1, 2)                            # [T, 3, H, W]
-    size = frame_size(x.shape[2], x.shape[3], px)
+    size = size or frame_size(x.shape[2], x.shape[3], px, len(x))
     if size != tuple(x.shape[2:]):
         x = F.interpolate(x, size, mode="bicubic", antialias=True)             # [T, 3, H', W'], uint8 stays uint8
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (px.mean, px.std))
@@ -127,11 +146,11 @@ def encode_video(model, open_video, ranks):
         nonlocal seconds
         video, px = open_video(), model.pixels
         seconds = video.seconds
-        h, w = frame_size(video.height, video.width, px)
-        grid = -(-video.frames // px.temporal), h // px.patch, w // px.patch
+        size = frame_size(video.height, video.width, px, video.frames)
+        grid = -(-video.frames // px.temporal), size[0] // px.patch, size[1] // px.patch
 
         def read(lo, hi):
-            return patchify(video.read(lo * px.temporal, min(hi * px.temporal, video.frames)), px)[0]
+            return patchify(video.read(lo * px.temporal, min(hi * px.temporal, video.frames)), px, size)[0]
 
         return grid, px.merge, read
 
@@ -155,7 +174,8 @@ def mrope_positions(ids, pad, grids, merge, interval):
     tokens_per_second * seconds from one temporal patch to the next. Returns long [3, P].
     Text counts up on all three axes at once. Text after a video continues from 1 + the largest position so far on any
     axis, as Qwen2.5-VL was trained and vLLM does. (transformers' own get_rope_index continues from the larger of
-    height and width, which puts the question among a long video's own positions.)
+    height and width, which puts the question among a long video's own positions. For GLM-4.1V, whose runs are of one
+    temporal patch each, that is the same, and so are all positions.)
 
     >>> mrope_positions(torch.tensor([7, 9, 9, 7]), 9, [(2, 2, 2)], 2, 4.0)   # two vision tokens, 4 apart in time
     tensor([[0, 1, 5, 6],
@@ -205,27 +225,40 @@ def tokenize_text(tokenizer, text):
     return ids
 
 
+def vision_pad(config):
+    """The id that stands where a vision token goes. GLM-4.1V writes a video as its pictures."""
+    return config.image_token_id if config.model_type == "glm4v" else config.video_token_id
+
+
 def make_prompt(model, tokenizer, question, vision, grid, seconds, key=""):
     """One user turn of the model's chat template: the video, the question, the instruction how to answer.
 
     vision: [V, D], what `encode.encode` returned for grid (t, h, w); seconds: between two frames; key: the cache's.
     """
-    config, pad = model.config, model.config.video_token_id
+    config, pad, temporal = model.config, vision_pad(model.config), model.pixels.temporal
     mark = "\x00"                                          # stands for the user's words, which are tokenized apart
     turn = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": mark}]}]
     head, tail = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).split(mark)
     head = tokenizer(head, add_special_tokens=False).input_ids
-    if head.count(pad) != 1:
-        raise ValueError(f"the chat template gives {head.count(pad)} vision pads for one video, expected one")
-    at, n = head.index(pad), math.prod(grid) // model.pixels.merge ** 2
-    ids = (head[:at] + [pad] * n + head[at + 1:] + tokenize_text(tokenizer, question)
+    if head.count(config.video_token_id) != 1:
+        raise ValueError(f"the chat template gives {head.count(config.video_token_id)} vision pads for one video, expected one")
+    at, n = head.index(config.video_token_id), math.prod(grid) // model.pixels.merge ** 2
+    if config.model_type == "glm4v":                       # each temporal patch by itself, then its first frame's second as text
+        (t, h, w), video = grid, []
+        for i in range(t):                                 # frames are those in the middle of equal parts of the video
+            second = str(int((i * temporal + 0.5) * seconds + 1e-6))
+            video += [config.image_start_token_id, *[pad] * (n // t), config.image_end_token_id,
+                      *tokenizer(second, add_special_tokens=False).input_ids]
+        grids, interval = [(1, h, w)] * t, 0.0
+    else:
+        video, grids, interval = [pad] * n, [grid], seconds * temporal * config.vision_config.tokens_per_second
+    ids = (head[:at] + video + head[at + 1:] + tokenize_text(tokenizer, question)
            + tokenizer("\n" + INSTRUCTION + tail, add_special_tokens=False).input_ids)
     if len(vision) != n:
         raise ValueError(f"{n} vision pads but {len(vision)} vision tokens")
     ids = torch.tensor(ids)
-    seconds = seconds * model.pixels.temporal              # from one temporal patch to the next
-    positions = mrope_positions(ids, pad, [grid], model.pixels.merge, seconds * config.vision_config.tokens_per_second)
-    return Prompt(ids.to(vision.device), positions.to(vision.device), vision, [grid], seconds, key)
+    positions = mrope_positions(ids, pad, grids, model.pixels.merge, interval)
+    return Prompt(ids.to(vision.device), positions.to(vision.device), vision, grids, seconds * temporal, key)
 
 
 class PromptError(ValueError):
@@ -245,7 +278,7 @@ def splice(model, ids, visions, columns=slice(None)):
     """Text embeddings with the vision tokens in the pads' places. ids: long [B,S]; visions: a [V,D] each;
     columns: long [s], the places of the sequence that are wanted: those that one rank holds. -> [B,s,D]
     """
-    pads, vision = ids == model.config.video_token_id, torch.cat(list(visions))
+    pads, vision = ids == vision_pad(model.config), torch.cat(list(visions))
     if int(pads.sum()) != len(vision):
         raise ValueError(f"{int(pads.sum())} vision pads in the sequence but {len(vision)} vision tokens")
     row = pads.flatten().cumsum(0).view_as(pads) - 1                           # [B, S], which vision token a pad stands for
@@ -261,6 +294,11 @@ def stop_ids(model, tokenizer):
     return [tokenizer.eos_token_id] + [i for i in ids if i is not None and i != tokenizer.eos_token_id]
 
 
+def decode(tokenizer, ids, stops):
+    """A completion's text, without what ended it, unless that is a tag: GLM-4.1V stops at </answer>."""
+    return tokenizer.decode([i for i in ids if i not in stops or tokenizer.decode([i]) in TAGS])
+
+
 def banned_ids(model, tokenizer):
     """The ids that must never be sampled, as a bool [vocabulary] mask, the same in sampler and trainer.
 
@@ -270,7 +308,7 @@ def banned_ids(model, tokenizer):
     banned = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
     banned[len(tokenizer):] = True
     for i, token in tokenizer.added_tokens_decoder.items():
-        banned[i] = token.special and token.content not in INSTRUCTION
+        banned[i] = token.special and token.content not in TAGS
     banned[stop_ids(model, tokenizer)] = False
     return banned.to(model.device)
 
@@ -426,8 +464,10 @@ def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
         if local and not os.path.exists(os.path.join(name, "config.json")):
             raise ValueError(f"{name} is no checkpoint: it has no config.json")
         config = AutoConfig.from_pretrained(name)
-        if config.model_type != "qwen2_5_vl":
-            raise ValueError(f"{name} is a {config.model_type} model; this code reads qwen2_5_vl checkpoints")
+        if config.model_type not in FAMILIES:
+            why = ("; its tower adds features to several layers of the language model (deepstack), and what is cached, gathered "
+                   "and sharded here is one vector a vision token" if config.model_type.startswith("qwen3_vl") else "")
+            raise ValueError(f"{name} is a {config.model_type} model; this code reads {' and '.join(FAMILIES)} checkpoints{why}")
         try:
             model, info = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True,
                                                                       ignore_mismatched_sizes=True)
@@ -436,7 +476,7 @@ def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
         wrong = [str(k) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in sorted(info[key])]
         if wrong:
             raise ValueError(f"{name}: tensors missing, not expected or of another shape: {', '.join(wrong[:5])} ({len(wrong)} in all)")
-        tokenizer, pixels = AutoTokenizer.from_pretrained(name), read_pixels(name)
+        tokenizer, pixels = AutoTokenizer.from_pretrained(name), read_pixels(name, config.model_type == "glm4v")
     model.set_attn_implementation({"text_config": "layout", "vision_config": "frames_flash"})
     model.pixels = pixels
     if max_pixels:
@@ -452,13 +492,17 @@ def save(model, tokenizer, path):
     """A checkpoint that transformers and vLLM load as it is: weights, configs, tokenizer, preprocessing."""
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    px = model.pixels
+    px, (images, videos, both) = model.pixels, FAMILIES[model.config.model_type]
     shared = {"image_mean": px.mean, "image_std": px.std, "patch_size": px.patch, "temporal_patch_size": px.temporal,
-              "merge_size": px.merge, "size": {"shortest_edge": px.min_pixels, "longest_edge": px.max_pixels}}
-    for file, kind in (("preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor"}),
-                       ("video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"})):
+              "merge_size": px.merge}
+    size = {"size": dict(zip(("shortest_edge", "longest_edge"), px.video_pixels or (px.min_pixels, px.max_pixels)))}
+    pictures = {} if px.video_pixels else size             # GLM-4.1V's have other bounds, which we do not read: transformers' own
+    if px.video_pixels and px.max_pixels < px.video_pixels[1]:
+        size["max_frame_pixels"] = px.max_pixels
+    for file, kind in (("preprocessor_config.json", {**pictures, "image_processor_type": images}),
+                       ("video_preprocessor_config.json", {**size, "video_processor_type": videos})):
         with open(os.path.join(path, file), "w") as f:
-            json.dump({**shared, **kind, "processor_class": "Qwen2_5_VLProcessor"}, f, indent=1)
+            json.dump({**shared, **kind, "processor_class": both}, f, indent=1)
 
 
 TINY_TEMPLATE = """{%- for message in messages -%}

@@ -181,7 +181,7 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
         token = torch.tensor(picked, device=device)
         chosen.append(logp.gather(1, token[:, None])[:, 0])
         if watch and rows[0].length == step + 1:
-            text = tokenizer.decode([row[0] for row in tokens if row[0] not in stops])
+            text = vlm.decode(tokenizer, [row[0] for row in tokens], stops)
             if len(text) > shown and (text[-1] != "\ufffd" or rows[0].done):  # a letter of several tokens: when it is whole
                 watch(text[shown:])
                 shown = len(text)
@@ -196,7 +196,7 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     completions = []
     for row, ids, own, logp in zip(rows, tokens, sampled, chosen):
         ids, own, logp = (x[:row.length].clone() for x in (ids, own, logp))
-        text = tokenizer.decode([i for i in ids.tolist() if i not in stops])       # tags may be special tokens: kept
+        text = vlm.decode(tokenizer, ids.tolist(), stops)                      # tags may be special tokens: kept
         completions.append(Completion(ids, own, logp.masked_fill(~own, 0.0), text, row.forced, row.truncated))
     return [completions[n * G:(n + 1) * G] for n in range(N)]
 
@@ -216,6 +216,12 @@ def import_vllm():
     return vllm
 
 
+def check_vllm(model):
+    """Raises ValueError where `VLLM.write` does not know how this family's videos are handed over."""
+    if model.config.model_type != "qwen2_5_vl":
+        raise ValueError(f"rollout = vllm is for qwen2_5_vl checkpoints; this one is {model.config.model_type}: use rollout = torch")
+
+
 class VLLM:
     """The other engine: vLLM in this process, fed with the cached vision tokens; its own vision tower is not even loaded.
 
@@ -227,6 +233,7 @@ class VLLM:
     def __init__(self, name, model, tokenizer, ranks, length, memory=0.5, share=False):
         """name: of the checkpoint that model was loaded from; length: the most tokens a prompt and its completion have; memory:
         vLLM's part of the GPU's; share: one engine over the sp ranks (tensor parallelism), else one a rank. Raises ValueError."""
+        check_vllm(model)
         vllm = import_vllm()
         self.params, self.tokenizer, self.shared, self.cuda = vllm.SamplingParams, tokenizer, share and ranks.sp > 1, ranks.device != "cpu"
         self.stops, self.banned, self.version = vlm.stop_ids(model, tokenizer), vlm.banned_ids(model, tokenizer), None
@@ -313,7 +320,7 @@ class VLLM:
         for (own, logp), head, time_up, end, no in zip(thoughts, heads, late, ended, cut):
             answer, more = ([], []) if end else next(answers)
             ids, between = head + answer, len(head) - len(own)                 # between: what was forced
-            text = self.tokenizer.decode([i for i in ids if i not in self.stops])
+            text = vlm.decode(self.tokenizer, ids, self.stops)
             completions.append(Completion(
                 torch.tensor(ids), torch.tensor([True] * len(own) + [False] * between + [True] * len(answer)),
                 torch.tensor(logp + [0.0] * between + more), text, time_up,

@@ -733,7 +733,8 @@ def test_preprocessing_is_read_from_every_form_of_file(tmp_path, files, bounds):
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     px = vlm.read_pixels(str(tmp_path))
-    assert asdict(px) == dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], patch=14, temporal=2, merge=2, min_pixels=bounds[0], max_pixels=bounds[1])
+    assert asdict(px) == dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], patch=14, temporal=2, merge=2, min_pixels=bounds[0], max_pixels=bounds[1],
+                              video_pixels=())
 
 
 def test_bounds_that_disagree_mean_what_they_mean_to_transformers(tmp_path):
