@@ -259,7 +259,7 @@ def verdict(a, sign, b):
 
 def mean(xs):
     """Three seeds as mean ± standard deviation."""
-    digits = 3 if max(map(abs, xs)) < 1 else 1
+    digits = 3 if 0 < max(map(abs, xs)) < 1 else 1
     return f"{statistics.mean(xs):,.{digits}f} ± {statistics.stdev(xs):.{digits}f}"
 
 
