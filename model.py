@@ -496,7 +496,8 @@ def save(model, tokenizer, path):
     shared = {"image_mean": px.mean, "image_std": px.std, "patch_size": px.patch, "temporal_patch_size": px.temporal,
               "merge_size": px.merge}
     size = {"size": dict(zip(("shortest_edge", "longest_edge"), px.video_pixels or (px.min_pixels, px.max_pixels)))}
-    pictures = {} if px.video_pixels else size             # GLM-4.1V's have other bounds, which we do not read: transformers' own
+    # GLM-4.1V's pictures have other bounds, which we do not read: transformers' own, spelled out, for vLLM has no default
+    pictures = {"size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000}} if px.video_pixels else size
     if px.video_pixels and px.max_pixels < px.video_pixels[1]:
         size["max_frame_pixels"] = px.max_pixels
     for file, kind in (("preprocessor_config.json", {**pictures, "image_processor_type": images}),

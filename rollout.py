@@ -216,12 +216,6 @@ def import_vllm():
     return vllm
 
 
-def check_vllm(model):
-    """Raises ValueError where `VLLM.write` does not know how this family's videos are handed over."""
-    if model.config.model_type != "qwen2_5_vl":
-        raise ValueError(f"rollout = vllm is for qwen2_5_vl checkpoints; this one is {model.config.model_type}: use rollout = torch")
-
-
 class VLLM:
     """The other engine: vLLM in this process, fed with the cached vision tokens; its own vision tower is not even loaded.
 
@@ -233,14 +227,15 @@ class VLLM:
     def __init__(self, name, model, tokenizer, ranks, length, memory=0.5, share=False):
         """name: of the checkpoint that model was loaded from; length: the most tokens a prompt and its completion have; memory:
         vLLM's part of the GPU's; share: one engine over the sp ranks (tensor parallelism), else one a rank. Raises ValueError."""
-        check_vllm(model)
-        vllm = import_vllm()
+        vllm, length = import_vllm(), min(length, model.config.text_config.max_position_embeddings)        # vLLM starts on no more
         self.params, self.tokenizer, self.shared, self.cuda = vllm.SamplingParams, tokenizer, share and ranks.sp > 1, ranks.device != "cpu"
         self.stops, self.banned, self.version = vlm.stop_ids(model, tokenizer), vlm.banned_ids(model, tokenizer), None
-        self.pad = model.config.video_token_id
+        self.pad, self.kind = vlm.vision_pad(model.config), "image" if model.config.model_type == "glm4v" else "video"
         # On the CPU it cannot cut up the prefill of a prompt that has random numbers of its own, and would share blocks of
         # 128 tokens, more than some prompts have.
         on_cpu = {"enable_chunked_prefill": False, "block_size": 32}
+        # GLM-4.1V's attention always has biases; vLLM asks a key that a config need not have, and else drops them in silence.
+        biases = {"hf_overrides": {"text_config": {"attention_bias": True}}} if self.kind == "image" else {}
         try:
             self.llm = vllm.LLM(
                 name, dtype=str(model.dtype).removeprefix("torch."), max_model_len=length, logprobs_mode="processed_logprobs", seed=0,
@@ -248,9 +243,12 @@ class VLLM:
                 enable_mm_embeds=True, limit_mm_per_prompt={"image": 0, "video": 0}, mm_processor_cache_gb=0,  # embeddings alone
                 distributed_executor_backend="external_launcher" if ranks.world > 1 else None,         # torchrun's processes
                 tensor_parallel_size=ranks.sp if self.shared else 1, gpu_memory_utilization=memory,
-                enable_sleep_mode=self.cuda, enforce_eager=not self.cuda, **({} if self.cuda else on_cpu))
+                enable_sleep_mode=self.cuda, enforce_eager=not self.cuda, **biases, **({} if self.cuda else on_cpu))
         except (ValueError, NotImplementedError) as e:
             raise ValueError(f"vLLM does not start on {name}: {str(e).strip().splitlines()[0]}") from e
+        if self.kind == "image":                           # its model takes embeddings, its reader of requests none: Qwen's does
+            from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalDataParser
+            self.llm.renderer.mm_processor.info.data_parser = Qwen2VLMultiModalDataParser(model.pixels.merge)
         self.llm.apply_model(self.watch_weights)
 
     def watch_weights(self, inner):
@@ -286,12 +284,12 @@ class VLLM:
         -> (ids, log-probs), lists, each"""
         bias, requests, params = dict.fromkeys(banned.nonzero()[:, 0].tolist(), -100.0), [], []
         for prompt, written, key in rows:
-            ids = prompt.ids.tolist()
-            at, pads = ids.index(self.pad), len(prompt.vision)                 # one pad: vLLM makes the others
-            video = {"video_embeds": prompt.vision, "video_grid_thw": torch.tensor(prompt.grids),
-                     "second_per_grid_ts": torch.tensor([prompt.seconds], dtype=torch.float64)}
-            requests.append({"prompt_token_ids": ids[:at + 1] + ids[at + pads:] + written, "multi_modal_data": {"video": video},
-                             "multi_modal_uuids": {"video": [prompt.key or encode.sha256("", prompt.vision)]}})
+            pads = prompt.ids == self.pad                  # the first of each run alone: vLLM makes the others
+            ids, name = prompt.ids[~(pads & pads.roll(1))].tolist(), prompt.key or encode.sha256("", prompt.vision)
+            runs = {f"{self.kind}_embeds": prompt.vision, f"{self.kind}_grid_thw": torch.tensor(prompt.grids),
+                    "second_per_grid_ts": torch.tensor([prompt.seconds], dtype=torch.float64)}     # not read where pictures are
+            requests.append({"prompt_token_ids": ids + written, "multi_modal_data": {self.kind: runs},
+                             "multi_modal_uuids": {self.kind: [f"{name} {i}" for i in range(len(prompt.grids))]}})
             params.append(self.params(
                 temperature=0.0 if greedy else 1.0, max_tokens=most, logprobs=0, seed=int(stream(*key).integers(1 << 62)), logit_bias=bias,
                 stop_token_ids=self.stops, stop=stop, include_stop_str_in_output=True, skip_special_tokens=False, detokenize=bool(stop)))

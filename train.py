@@ -42,7 +42,7 @@ import grpo
 import model as vlm
 import rewards
 from curriculum import Curriculum, balanced, grade_line, has_signal, read_grades
-from rollout import VLLM, Completion, check_vllm, import_vllm, leave, limits, rollout, room
+from rollout import VLLM, Completion, import_vllm, leave, limits, rollout, room
 
 
 @dataclass
@@ -673,8 +673,6 @@ def main(c):
 
     def load(name):
         model, tokenizer = vlm.load(name, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
-        if c.rollout == "vllm":
-            check_vllm(model)
         if c.stage2 and c.mode != "eval":                  # where nothing is sharded but frames
             encode.check_heads(model.config.text_config.num_attention_heads, model.config.text_config.num_key_value_heads, ranks)
         return model, tokenizer

@@ -474,13 +474,6 @@ def test_other_families_are_refused_with_what_is_read(tmp_path):
             vlm.load(str(tmp_path))
 
 
-def test_vllm_refuses_glm_in_one_sentence(loaded, saved):
-    """Whether vLLM is there or not."""
-    rollout.check_vllm(loaded["qwen2_5_vl"][0])
-    with pytest.raises(ValueError, match="rollout = vllm is for qwen2_5_vl checkpoints; this one is glm4v: use rollout = torch"):
-        rollout.VLLM(saved["glm4v"], *loaded["glm4v"], ALONE, 512)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # two ranks
 

@@ -4,6 +4,7 @@ vLLM's real engine on the CPU, against the torch engine and the trainer. Where v
 collected (conftest.py); .ci/run installs it and runs it.
 """
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import encode
 import model as vlm
 import rollout
 import train
+from test_families import tiny_glm
 
 ROOT, ALONE = Path(__file__).parent.parent, encode.Ranks()
 HOW = {"think_budget": 12, "answer_budget": 6}
@@ -25,14 +27,15 @@ KEPT = []               # an engine that is collected ends all others of its pro
 VIDEOS = [(4, 4, 4, 0.5), (9, 2, 6, 1 / 3), (21, 4, 2, 2.7), (1, 6, 6, 1.0)]           # (t, h, w) in patches, seconds between frames
 
 
-def sharp_model(folder):
+def sharp_model(folder, family):
     """A checkpoint whose every weight counts, and whose next token is neither certain nor anyone's guess."""
-    model, tokenizer = vlm.load("tiny")
+    model, tokenizer = tiny_glm() if family == "glm4v" else vlm.load("tiny")
     noise = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=noise) * 0.05)
         model.lm_head.weight.mul_(2)
+        model.get_input_embeddings().weight.mul_(8 if family == "glm4v" else 1)
     vlm.save(model, tokenizer, folder)
     return vlm.load(folder)
 
@@ -55,14 +58,22 @@ def largest_gap(model, prompts, groups, banned):
     return max(float((row[:len(x.tokens)] - x.logprobs)[x.sampled].abs().max()) for row, x in zip(logprobs, flat) if x.sampled.any())
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("model"))
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "glm4v"])
+def family(request):
+    return request.param
+
+
+one_family = pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)          # for what starts engines of its own
 
 
 @pytest.fixture(scope="module")
-def ours(folder):
-    return sharp_model(folder)
+def folder(tmp_path_factory, family):
+    return str(tmp_path_factory.mktemp(family))
+
+
+@pytest.fixture(scope="module")
+def ours(folder, family):
+    return sharp_model(folder, family)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +83,8 @@ def prompts(ours):
 
 @pytest.fixture(scope="module")
 def engine(folder, ours):
-    return rollout.VLLM(folder, *ours, ALONE, 512)
+    KEPT.append(rollout.VLLM(folder, *ours, ALONE, 5000))  # more than the tiny GLM has positions: it is started with those
+    return KEPT[-1]
 
 
 def both(engine, ours, prompts, **how):
@@ -139,7 +151,7 @@ def test_the_vision_tower_is_not_there_and_the_prompt_is_prefilled_once(engine, 
 
     def noted(*args, **kwargs):
         outputs = generate(*args, **kwargs)
-        seen.append([(x.num_cached_tokens, len(x.prompt_token_ids)) for x in outputs])
+        seen.append([(x.num_cached_tokens, x.prompt_token_ids) for x in outputs])
         return outputs
     monkeypatch.setattr(engine.llm, "generate", noted)
     with torch.no_grad():
@@ -148,6 +160,7 @@ def test_the_vision_tower_is_not_there_and_the_prompt_is_prefilled_once(engine, 
     (first, *others), again = seen
     whole = len(prompts[2].ids) // 32 * 32                 # vLLM shares blocks of 32
     assert whole >= 64 and first[0] == 0 and all(cached >= whole for cached, _ in others + again), (whole, seen)
+    assert all(ids[:len(prompts[2].ids)] == prompts[2].ids.tolist() for _, ids in [first, *others, *again])
 
 
 def test_new_weights_take_effect_and_nothing_of_the_old_ones_serves(engine, ours, prompts):
@@ -189,21 +202,25 @@ def test_a_weight_that_does_not_arrive_ends_the_run(engine, ours):
 def test_positions_are_vllms_own(engine, ours):
     """Decision 2, bit for bit: any clip, any clock, through vLLM's own function."""
     from types import SimpleNamespace as Space
-    model, tokenizer = ours
+    from vllm.multimodal.inputs import PlaceholderRange
+    (model, tokenizer), kind = ours, engine.kind
     draw = torch.Generator().manual_seed(0)
     for n in range(60):
         t, h, w = (int(torch.randint(1, most, (), generator=draw)) for most in (60, 4, 4))
         seconds = [1 / 3, 0.1, 1 / 30, 2.0, 29.97 / 1001][n % 5] * float(torch.randint(1, 9, (), generator=draw))
         prompt = vlm.make_prompt(model, tokenizer, "so" * n, torch.zeros(t * h * w, 128), (t, 2 * h, 2 * w), seconds)
-        at = prompt.ids.tolist().index(model.config.video_token_id)
-        feature = Space(modality="video", mm_position=Space(offset=at), data={
-            "video_grid_thw": Space(data=torch.tensor([t, 2 * h, 2 * w])),
-            "second_per_grid_ts": Space(data=torch.tensor(prompt.seconds, dtype=torch.float64))})
-        [(theirs, delta)] = engine.llm.apply_model(lambda inner: inner.get_mrope_input_positions(prompt.ids.tolist(), [feature]))
+        pads = prompt.ids == vlm.vision_pad(model.config)
+        starts = (pads & ~pads.roll(1)).nonzero()[:, 0].tolist()
+        clock = Space(data=torch.tensor(prompt.seconds, dtype=torch.float64))
+        features = [Space(modality=kind, mm_position=PlaceholderRange(offset=at, length=math.prod(grid) // 4),
+                          data={f"{kind}_grid_thw": Space(data=torch.tensor(grid)), "second_per_grid_ts": clock})
+                    for at, grid in zip(starts, prompt.grids, strict=True)]
+        [(theirs, delta)] = engine.llm.apply_model(lambda inner: inner.get_mrope_input_positions(prompt.ids.tolist(), features))
         assert theirs.tolist() == prompt.positions.tolist(), (t, h, w, seconds)
         assert delta == int(prompt.positions.max()) + 1 - len(prompt.ids)
 
 
+@one_family
 def test_tied_embeddings_as_the_3b_has_them(ours, tmp_path):
     """Its head has no weights of its own, and none may be missed; after an update both sides have the new ones."""
     vlm.save(*ours, tmp_path)
@@ -224,6 +241,7 @@ def test_tied_embeddings_as_the_3b_has_them(ours, tmp_path):
             model.lm_head.weight.mul_(1.1)
 
 
+@one_family
 def test_an_architecture_that_vllm_lacks_is_one_line(ours, tmp_path):
     vlm.save(*ours, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -257,6 +275,7 @@ def torchrun(*command, timeout=900):
                           env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=timeout)
 
 
+@one_family
 @pytest.mark.parametrize("share", ["one each", "one over both"])
 def test_two_ranks_end_with_the_same_groups(engine, ours, folder, prompts, tmp_path, share):
     """An engine each samples what one rank would have sampled alone. Both are the trainer, after an update too."""
