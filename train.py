@@ -9,6 +9,7 @@ Teach a vision-language model to reason about long videos. One script, from one 
                               --answer_budget=256 --stage2=true --checkpointing=true --rollout=vllm
   two such boxes          the same on each, with --nnodes=2 --node_rank=0 (1 on the other) --master_addr=FIRST_BOX
                               --master_port=29500 in place of --standalone, and an --out_dir that both see
+  too large for one GPU   --fsdp=true: weights, gradients and optimizer state sharded over all ranks
   look at a result        python train.py --mode=eval --model=out/model
   know what is hard       python train.py --mode=grade --model=MODEL --data=DATA --out_dir=graded, and for the training after it
                               --model=MODEL --data=DATA --out_dir=out-my --grades=graded/grades.jsonl
@@ -461,12 +462,12 @@ def grpo_step(model, groups, c, ranks, banned, divisor):
     divisor: completions ("sample") or sampled tokens ("token") of the whole optimizer step.
     """
     lo, hi = (0, c.group_size) if c.stage2 else encode.shard(c.group_size, ranks.sp_rank, ranks.sp)
+    sharers = ranks if c.stage2 else encode.Ranks()
     items = [(g.prompt, g.completions[lo:hi], g.advantages[lo:hi]) for g in groups]
     cost = lambda i: len(items[i][0].ids) + sum(len(x.tokens) for x in items[i][1])
     pad = lambda xs: torch.nn.utils.rnn.pad_sequence(xs, batch_first=True).to(ranks.device)
     sums = {"entropy": 0.0, "gap": 0.0, "gap_max": 0.0, "tokens": 0.0, "clip_low": 0.0, "clip_high": 0.0}
     # The longest first, so that little is padded: no other cut has fewer batches. Inside a batch the order of groups stays.
-    sharers = ranks if c.stage2 else encode.Ranks()
     for batch in evened(micro_batches(sorted(range(len(items)), key=cost, reverse=True), cost, c.max_tokens), model, ranks):
         if not batch:
             idle(model, banned, sharers)
