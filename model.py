@@ -15,11 +15,16 @@ so the prefix, nearly all of a long video's cost, is computed once forward and o
 import json
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText,
                           AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
@@ -390,6 +395,16 @@ def recompute_layers(model):
     text.train()                                           # transformers checkpoints in this mode alone; nothing here drops out
 
 
+def one_forward(work):
+    """work(model, ...) as one forward of the model: where parameters are sharded, those of no layer (embeddings, head) are
+    gathered before it, and once for its backward, in however many parts work calls them."""
+    @wraps(work)
+    def call(model, *args, **how):
+        return model.run(lambda: work(model, *args, **how)) if isinstance(model, FSDPModule) else work(model, *args, **how)
+    return call
+
+
+@one_forward
 def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=encode.Ranks()):
     """Log-probs of every completion's tokens under the model, the prefix of a group computed once.
 
@@ -450,6 +465,53 @@ def token_distribution(model, hidden, banned):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# parameters sharded over all ranks
+
+def shard(model, ranks):
+    """FSDP2: of every parameter that trains, its gradient and its optimizer state each rank holds 1/world, in float32. A layer is
+    gathered when it runs, in the dtype that the model had; gradients are summed over the ranks in float32. The tower stays whole.
+    model may still be on the CPU: it comes to the device a layer at a time."""
+    tower, dtype = model.model.visual.requires_grad_(False).to(ranks.device), model.dtype
+    how = {"mesh": init_device_mesh(ranks.device.partition(":")[0], (ranks.world,)), "ignored_params": set(tower.parameters()),
+           "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+    for part in [*model.model.language_model.layers, model]:                   # one at a time: never the whole in float32
+        for p in part.parameters():
+            if p.requires_grad and not isinstance(p, DTensor):
+                p.data = p.data.float()
+        fully_shard(part, **how)
+        part.set_gradient_divide_factor(1.0)               # summed, not averaged
+        part.set_force_sum_reduction_for_comms(True)       # gloo can do no other
+    model.run = lambda work: work()
+    register_fsdp_forward_method(model, "run")             # so that work is to FSDP what the forward is
+
+
+@contextmanager
+def gathered(model, unless=None):
+    """For sampling: all parameters whole on every rank, so that each runs as many forwards as it needs. All ranks enter alike."""
+    if unless or not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_reshard_after_forward(False)
+    model.run(lambda: None)                                # what runs first is taken for the root
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
+    try:
+        yield
+    finally:
+        model.reset_iter_state()                           # sharded again, and what ran here forgotten: another rank ran less
+        model.set_reshard_after_forward(True)
+        model.set_reshard_after_forward(False, recurse=False)
+
+
+def weights(model):
+    """Name and tensor of each parameter. Where they are sharded all ranks must ask alike: one is gathered as it is asked for."""
+    for name, w in model.named_parameters():
+        w = w.detach()
+        yield name, w.to(model.dtype).full_tensor() if isinstance(w, DTensor) else w
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # loading and saving
 
 def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
@@ -488,9 +550,10 @@ def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
     return model, tokenizer        # without this a resumed run differs from one never stopped in the last bit
 
 
-def save(model, tokenizer, path):
-    """A checkpoint that transformers and vLLM load as it is: weights, configs, tokenizer, preprocessing."""
-    model.save_pretrained(path)
+def save(model, tokenizer, path, weights=None):
+    """A checkpoint that transformers and vLLM load as it is: weights, configs, tokenizer, preprocessing.
+    weights: {name: tensor}, gathered where model's are sharded."""
+    model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)
     px, (images, videos, both) = model.pixels, FAMILIES[model.config.model_type]
     shared = {"image_mean": px.mean, "image_std": px.std, "patch_size": px.patch, "temporal_patch_size": px.temporal,

@@ -8,6 +8,7 @@ banned ids (`model.banned_ids`), the same positions.
     python rollout.py --model=out/model --video=clip.mp4 --question="How many birds are there?"
 """
 import argparse
+import gc
 import hashlib
 import math
 import os
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 
 import data
 import encode
@@ -268,7 +270,7 @@ class VLLM:
             self.llm.wake_up()
         version = sum(p._version for p in model.parameters())
         if version != self.version:
-            weights = ((name, w.detach()) for name, w in model.state_dict().items() if ".visual." not in name)
+            weights = ((name, w) for name, w in vlm.weights(model) if ".visual." not in name)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self.llm.reset_prefix_cache()
             self.llm.llm_engine.reset_encoder_cache()      # reload_weights empties the worker's; the scheduler must know
@@ -328,6 +330,7 @@ class VLLM:
 
 def leave():
     """End this process's groups. vLLM would look for its own at exit, and complain that they are gone: it ends them all."""
+    gc.collect()                                           # sharded modules are cycles that hold a group: left to the exit, it aborts
     if "vllm" in sys.modules:
         sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
     elif dist.is_initialized():
@@ -344,19 +347,20 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=Fal
     alone = ranks.sp == 1 or engine is not None and engine.shared              # an engine over all sp ranks says the same on each
     lo, hi = (0, None) if alone else encode.shard(len(keys[0]) if keys else 0, ranks.sp_rank, ranks.sp)
     mine, keys, at = [], [row[lo:hi] for row in keys], 0
-    if engine and any(keys):
+    if engine and (any(keys) or isinstance(model, FSDPModule)):                # sharded weights are gathered by all ranks or none
         engine.load(model)
-        mine = engine.sample(prompts, keys, **how)
+        mine = engine.sample(prompts, keys, **how) if any(keys) else []
         engine.rest()
-    while at < len(prompts) and any(keys) and not engine:
-        n, longest = 0, 0
-        while at + n < len(prompts):
-            longest = max(longest, len(prompts[at + n].ids))
-            if n and (n + 1) * longest > max_tokens:
-                break
-            n += 1
-        mine += sample(model, tokenizer, prompts[at:at + n], keys[at:at + n], ranks=ranks if stage2 else encode.Ranks(), **how)
-        at += n
+    with vlm.gathered(model, unless=engine):
+        while at < len(prompts) and any(keys) and not engine:
+            n, longest = 0, 0
+            while at + n < len(prompts):
+                longest = max(longest, len(prompts[at + n].ids))
+                if n and (n + 1) * longest > max_tokens:
+                    break
+                n += 1
+            mine += sample(model, tokenizer, prompts[at:at + n], keys[at:at + n], ranks=ranks if stage2 else encode.Ranks(), **how)
+            at += n
     if alone:
         return mine
     every = [None] * ranks.sp

@@ -9,6 +9,7 @@ Teach a vision-language model to reason about long videos. One script, from one 
                               --answer_budget=256 --stage2=true --checkpointing=true --rollout=vllm
   two such boxes          the same on each, with --nnodes=2 --node_rank=0 (1 on the other) --master_addr=FIRST_BOX
                               --master_port=29500 in place of --standalone, and an --out_dir that both see
+  too large for one GPU   --fsdp=true: weights, gradients and optimizer state sharded over all ranks
   look at a result        python train.py --mode=eval --model=out/model, and at other frames or thinking budgets with
                               --eval_frames=16,64,256 --eval_budgets=0,48,96
   know what is hard       python train.py --mode=grade --model=MODEL --data=DATA --out_dir=graded, and for the training after it
@@ -34,6 +35,9 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import data
@@ -61,6 +65,7 @@ class Config:
     # where
     sp: int = 0                    # ranks that share one video; 0: all of this machine; 1: none share
     stage2: bool = False           # shard the sequence over them in training too: memory for videos too long for one
+    fsdp: bool = False             # weights, gradients and optimizer state sharded over all ranks, from the freezing of the tower on
     checkpointing: bool = False    # decoder layers computed again in the backward: a tenth of the memory, a fifth more time
     dtype: str = "float32"         # of weights and activations; "bfloat16" on GPUs
     max_tokens: int = 16384        # the most positions in one forward, padding included; lower it if memory runs out
@@ -108,9 +113,9 @@ class Config:
 
 MOST_GAP = {"float32": 1e-3, "bfloat16": 0.1}              # between sampler and trainer, in log-prob, on average over a step
 
-# What may differ when a run goes on: none of these changes what a step computes (sp, stage2, checkpointing, max_tokens: to float error).
-MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "checkpointing", "max_tokens", "vllm_memory",
-              "vllm_share", "rl_steps", "eval_every", "eval_samples", "eval_frames", "eval_budgets", "pass_k", "show_every", "save_every"}
+# What may differ when a run goes on: none of these changes what a step computes (sp to max_tokens: to float error).
+MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "fsdp", "checkpointing", "max_tokens",
+              "vllm_memory", "vllm_share", "rl_steps", "eval_every", "eval_samples", "eval_frames", "eval_budgets", "pass_k", "show_every", "save_every"}
 
 
 def parse(arguments):
@@ -313,6 +318,27 @@ def gather(x, ranks):
     return every
 
 
+def evened(batches, model, ranks):
+    """Micro-batches as a list. Sharded parameters are gathered by all ranks at once: then each rank has as many micro-batches as the
+    one with the most, the last of them empty, for `idle`."""
+    batches = list(batches)
+    return batches + [[]] * (max(gather(len(batches), ranks)) - len(batches)) if isinstance(model, FSDPModule) else batches
+
+
+def idle(model, banned, ranks):
+    """A forward and backward of next to nothing, of weight zero: to take part in."""
+    token = banned.int().argmin()[None]                    # one that may be answered with: no log-prob of -inf
+    prompt = vlm.Prompt(token, token.new_zeros(3, 1), torch.zeros(0, model.config.text_config.hidden_size, device=token.device), [])
+    (0 * vlm.logprobs(model, [prompt], [[token]], banned, ranks=ranks)[0].sum()).backward()
+
+
+def like(x, p):
+    """What belongs to weight p, from a checkpoint: of a tensor of its shape this rank's part, where p is sharded."""
+    if not isinstance(p, DTensor) or x.shape != p.shape:
+        return x
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+
 def make_optimizer(model, lr):
     """AdamW over the weights that train; where they are bfloat16 over float32 copies: 8 bits would swallow an update of 1e-6."""
     weights = [p if p.dtype == torch.float32 else p.detach().float() for p in model.parameters() if p.requires_grad]
@@ -325,13 +351,16 @@ def update(model, optimizer, lr, ranks):
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    if ranks.world > 1:                                    # a few large messages: many small ones cost more than the sums
+    if ranks.world > 1 and not isinstance(model, FSDPModule):          # a few large messages: many small ones cost more than the sums
         for bucket in micro_batches([p.grad for p in parameters], lambda g: g.numel(), 1 << 24, padded=False):
             flat = torch.cat([g.flatten() for g in bucket])
             dist.all_reduce(flat)
             for g, summed in zip(bucket, flat.split([g.numel() for g in bucket])):
                 g.copy_(summed.view_as(g))
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+    norm = float(norm)
     if math.isfinite(norm):
         [group] = optimizer.param_groups
         group["lr"] = lr
@@ -358,8 +387,12 @@ def sft_step(model, tokenizer, prompts, texts, c, ranks, banned, stage2=False):
              for p, text in zip(cut, texts)]
     share = 1 / ranks.sp if stage2 else 1                  # with stage 2 every sp rank has the loss of all tokens
     total, loss = sum(gather(sum(len(tokens) for _, tokens in items), ranks)) * share, 0.0
-    for batch in micro_batches(items, lambda x: len(x[0].ids) + len(x[1]), c.max_tokens):
-        logprobs, _ = vlm.logprobs(model, [p for p, _ in batch], [[t] for _, t in batch], banned, ranks=ranks if stage2 else encode.Ranks())
+    sharers = ranks if stage2 else encode.Ranks()
+    for batch in evened(micro_batches(items, lambda x: len(x[0].ids) + len(x[1]), c.max_tokens), model, ranks):
+        if not batch:
+            idle(model, banned, sharers)
+            continue
+        logprobs, _ = vlm.logprobs(model, [p for p, _ in batch], [[t] for _, t in batch], banned, ranks=sharers)
         part = -logprobs.sum() / total
         part.backward()
         loss += float(part.detach()) * share
@@ -431,15 +464,18 @@ def grpo_step(model, groups, c, ranks, banned, divisor):
     divisor: completions ("sample") or sampled tokens ("token") of the whole optimizer step.
     """
     lo, hi = (0, c.group_size) if c.stage2 else encode.shard(c.group_size, ranks.sp_rank, ranks.sp)
+    sharers = ranks if c.stage2 else encode.Ranks()
     items = [(g.prompt, g.completions[lo:hi], g.advantages[lo:hi]) for g in groups]
     cost = lambda i: len(items[i][0].ids) + sum(len(x.tokens) for x in items[i][1])
     pad = lambda xs: torch.nn.utils.rnn.pad_sequence(xs, batch_first=True).to(ranks.device)
     sums = {"entropy": 0.0, "gap": 0.0, "gap_max": 0.0, "tokens": 0.0, "clip_low": 0.0, "clip_high": 0.0}
     # The longest first, so that little is padded: no other cut has fewer batches. Inside a batch the order of groups stays.
-    for batch in micro_batches(sorted(range(len(items)), key=cost, reverse=True), cost, c.max_tokens):
+    for batch in evened(micro_batches(sorted(range(len(items)), key=cost, reverse=True), cost, c.max_tokens), model, ranks):
+        if not batch:
+            idle(model, banned, sharers)
+            continue
         prompts, completions, advantages = zip(*[items[i] for i in sorted(batch)])
-        logprobs, entropy = vlm.logprobs(model, prompts, [[x.tokens for x in xs] for xs in completions], banned,
-                                         ranks=ranks if c.stage2 else encode.Ranks())
+        logprobs, entropy = vlm.logprobs(model, prompts, [[x.tokens for x in xs] for xs in completions], banned, ranks=sharers)
         flat = [x for xs in completions for x in xs]
         old, mask = pad([x.logprobs for x in flat]), pad([x.sampled for x in flat])                # [N, L]
         loss, metrics = grpo.policy_loss(logprobs, old, torch.cat(advantages).to(ranks.device), mask, c.clip_low,
@@ -595,7 +631,7 @@ def newest(out_dir):
     return os.path.realpath(link) if os.path.exists(link) else None
 
 
-def save(out_dir, model, tokenizer, state):
+def save(out_dir, model, tokenizer, state, weights=None):
     """Write ckpt-N whole under another name, sync it, rename it; then move the link `model`. At no moment is the last
     good checkpoint gone. Raises OSError where the disk is full, the half-written directory removed."""
     name = f"ckpt-{state['step']}"
@@ -603,7 +639,7 @@ def save(out_dir, model, tokenizer, state):
     shutil.rmtree(half, ignore_errors=True)
     try:
         os.makedirs(half)
-        vlm.save(model, tokenizer, half)
+        vlm.save(model, tokenizer, half, weights)
         torch.save(state, os.path.join(half, "training_state.pt"))
         for folder, _, files in os.walk(half):
             for path in [os.path.join(folder, f) for f in files] + [folder]:
@@ -669,12 +705,16 @@ def main(c):
             + ", ".join(hopeless[:5]) + (", ..." if len(hopeless) > 5 else ""))
     by_id = {s.id: s for s in train}
     grades = read_grades(c.grades, graded) if c.grades else {}
+    made, sharded = c.model == "tiny", c.fsdp and ranks.world > 1
     cache, ahead = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write), data.Ahead(c.frames)
 
     def load(name):
-        model, tokenizer = vlm.load(name, ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
+        now = c.mode == "train" and sharded and not made
+        model, tokenizer = vlm.load(name, "cpu" if now else ranks.device, getattr(torch, c.dtype), c.max_pixels, c.seed)
         if c.stage2 and c.mode != "eval":                  # where nothing is sharded but frames
             encode.check_heads(model.config.text_config.num_attention_heads, model.config.text_config.num_key_value_heads, ranks)
+        if now:
+            vlm.shard(model, ranks)
         return model, tokenizer
 
     if c.mode == "eval":
@@ -707,7 +747,7 @@ def main(c):
         raise ValueError(f"not all ranks find the same checkpoint in {c.out_dir}: several machines need one that they share")
     state = {"step": 0, "previous": 0, "lines": 0, "done": {"align": 0, "sft": 0, "rl": 0}, "config": asdict(c)}
     if found:
-        state = torch.load(os.path.join(found, "training_state.pt"), weights_only=False, map_location="cpu")
+        state = torch.load(os.path.join(found, "training_state.pt"), weights_only=False, map_location="cpu", mmap=sharded)
         check_same_run(c, state["config"], found)
         say(f"going on from {found}: {', '.join(f'{n} {stage} steps' for stage, n in state['done'].items())} done")
     model, tokenizer = load(found or c.model)
@@ -738,11 +778,15 @@ def main(c):
         state["previous"], state["step"] = state["step"], sum(state["done"].values())
         copies = [] if c.dtype == "float32" else optimizer.param_groups[0]["params"]
         state.update(optimizer=optimizer.state_dict(), copies=copies, curriculum=curriculum.state_dict(), stage=stage)
-        error = None
+        whole, weights, error = state, None, None
+        if isinstance(model, FSDPModule):                  # as without it, on rank 0's CPU; gathered one tensor at a time
+            keeps = lambda x: x.cpu() if ranks.rank == 0 else None
+            whole = tree_map_only(DTensor, lambda x: keeps(x.full_tensor()), state)
+            weights = {name: keeps(w) for name, w in vlm.weights(model)}
         if ranks.rank == 0:
             draw_curves(lines, os.path.join(c.out_dir, "curves.png"))
             try:
-                save(c.out_dir, model, tokenizer, state)
+                save(c.out_dir, model, tokenizer, whole, weights)
             except OSError as e:
                 error = e
         error = gather(error, ranks)[0]
@@ -766,10 +810,12 @@ def main(c):
         optimizer = make_optimizer(model, lr)
         curriculum = Curriculum(ids, f"{c.seed} {stage}", *((grades, c.tiers) if stage == "rl" else ()))
         if state["done"][stage]:
-            optimizer.load_state_dict(state["optimizer"])
+            [group], saved = optimizer.param_groups, state["optimizer"]
+            moments = {i: {k: like(x, group["params"][i]) for k, x in of.items()} for i, of in saved["state"].items()}
+            optimizer.load_state_dict(saved | {"state": moments})
             with torch.no_grad():
-                for copy, kept in zip(optimizer.param_groups[0]["params"], state["copies"]):
-                    copy.copy_(kept)
+                for copy, kept in zip(group["params"], state["copies"]):
+                    copy.copy_(like(kept, copy))
             curriculum.load_state_dict(state["curriculum"])
         bar = tqdm(total=steps, initial=state["done"][stage], desc=stage, disable=ranks.rank != 0, dynamic_ncols=True)
         return optimizer, curriculum, bar, range(state["done"][stage], steps)
@@ -797,7 +843,6 @@ def main(c):
                 **{f"eval_accuracy_{d}": a for d, a in result["domains"].items()}}
 
     # Align and cold start: next-token loss on given texts. Only a tower made from nothing trains, and only here.
-    made = c.model == "tiny"
     stage2 = c.stage2 and not made                         # a tower that trains is small, and sees other videos on each rank
     tower.requires_grad_(made)
     taught = [s.id for s in train if s.thought]
@@ -838,6 +883,8 @@ def main(c):
                 keep(stage, step + 1, optimizer, curriculum)
         bar.close()
     tower.requires_grad_(False)
+    if made and sharded:
+        vlm.shard(model, ranks)
 
     # RL.
     started = begin("rl", c.rl_steps, c.lr, list(by_id), "no training sample is left")

@@ -257,14 +257,18 @@ def test_an_architecture_that_vllm_lacks_is_one_line(ours, tmp_path):
 def worker(folder, out, share):
     ranks = encode.start(2)
     model, tokenizer = vlm.load(folder)
+    if "sharded" in share:
+        vlm.shard(model, ranks)
     prompts, result = make_prompts(model, tokenizer), []
-    engine = rollout.VLLM(folder, model, tokenizer, ranks, 512, share=share == "one over both")
+    engine = rollout.VLLM(folder, model, tokenizer, ranks, 512, share="one over both" in share)
     for change in (0.0, 0.02):                             # before and after an update
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1 + change)
         groups = rollout.rollout(model, tokenizer, prompts, keys(4, 4), ranks, engine=engine, **HOW)
-        result.append([[[x.tokens.tolist() for x in g] for g in groups], largest_gap(model, prompts, groups, vlm.banned_ids(model, tokenizer))])
+        with vlm.gathered(model):
+            gap = largest_gap(model, prompts, groups, vlm.banned_ids(model, tokenizer))
+        result.append([[[x.tokens.tolist() for x in g] for g in groups], gap])
     Path(out, f"{ranks.rank}.json").write_text(json.dumps(result))
     rollout.leave()
 
@@ -276,7 +280,7 @@ def torchrun(*command, timeout=900):
 
 
 @one_family
-@pytest.mark.parametrize("share", ["one each", "one over both"])
+@pytest.mark.parametrize("share", ["one each", "one over both", "one over both, weights sharded"])
 def test_two_ranks_end_with_the_same_groups(engine, ours, folder, prompts, tmp_path, share):
     """An engine each samples what one rank would have sampled alone. Both are the trainer, after an update too."""
     run = torchrun(__file__, folder, tmp_path, share)
