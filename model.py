@@ -482,10 +482,10 @@ def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
     if max_pixels:
         pixels.max_pixels = min(max_pixels, pixels.max_pixels)
         pixels.min_pixels = min(max_pixels, pixels.min_pixels)
-    model.to(device=device, dtype=dtype).eval()            # no dropout, in training either
-    for p in model.parameters():
-        p.data = p.data.clone()    # weights read from a file lie anywhere in memory, and matrix kernels round by alignment:
-    return model, tokenizer        # without this a resumed run differs from one never stopped in the last bit
+    model.to(device).eval()                                # no dropout, in training either
+    for p in model.parameters():   # weights alone: M-RoPE's frequencies stay float32: in bfloat16 a radian off at position 1,000
+        p.data = p.data.to(dtype, copy=True)               # weights read from a file lie anywhere in memory, and matrix kernels
+    return model, tokenizer        # round by alignment: without the copy a resumed run differs from one never stopped in the last bit
 
 
 def save(model, tokenizer, path):
