@@ -316,7 +316,8 @@ def gather(x, ranks):
 def make_optimizer(model, lr):
     """AdamW over the weights that train; where they are bfloat16 over float32 copies: 8 bits would swallow an update of 1e-6."""
     weights = [p if p.dtype == torch.float32 else p.detach().float() for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.0)
+    fused = True if weights[0].is_cuda else None           # one kernel; the default there makes one more copy of all weights in between
+    return torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
 def update(model, optimizer, lr, ranks):
@@ -337,7 +338,7 @@ def update(model, optimizer, lr, ranks):
         group["lr"] = lr
         copies = [(p, copy) for p, copy in zip(parameters, group["params"]) if copy is not p]
         for p, copy in copies:
-            copy.grad = p.grad.float()
+            copy.grad, p.grad = p.grad.float(), None       # not both of all weights at once
         optimizer.step()
         with torch.no_grad():
             for p, copy in copies:
