@@ -390,6 +390,12 @@ def recompute_layers(model):
     text.train()                                           # transformers checkpoints in this mode alone; nothing here drops out
 
 
+def compile_layers(model):
+    """Decoder layers through torch.compile, one graph for all of them and for any length. Sampling stays as it is: see rollout.sample."""
+    for layer in model.model.language_model.layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)             # inside checkpointing and hooks, which stay outside
+
+
 def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=encode.Ranks()):
     """Log-probs of every completion's tokens under the model, the prefix of a group computed once.
 

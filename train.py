@@ -3,16 +3,32 @@ Teach a vision-language model to reason about long videos. One script, from one 
 
   laptop, two cores       torchrun --standalone --nproc_per_node=2 train.py
   your own videos         torchrun --standalone --nproc_per_node=2 train.py --data=my/questions.jsonl --out_dir=out-my
-  one box of 8 GPUs       torchrun --standalone --nproc_per_node=8 train.py --model=Qwen/Qwen2.5-VL-3B-Instruct \\
-                              --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos --frames=256 \\
-                              --max_pixels=78400 --dtype=bfloat16 --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 \\
-                              --answer_budget=256 --stage2=true --checkpointing=true --rollout=vllm
   two such boxes          the same on each, with --nnodes=2 --node_rank=0 (1 on the other) --master_addr=FIRST_BOX
                               --master_port=29500 in place of --standalone, and an --out_dir that both see
   look at a result        python train.py --mode=eval --model=out/model, and at other frames or thinking budgets with
                               --eval_frames=16,64,256 --eval_budgets=0,48,96
   know what is hard       python train.py --mode=grade --model=MODEL --data=DATA --out_dir=graded, and for the training after it
                               --model=MODEL --data=DATA --out_dir=out-my --grades=graded/grades.jsonl
+  Qwen2.5-VL-3B on one GPU of 80 GB: 63 GB in training; 45 GB and vLLM's 28 in sampling
+      python train.py --model=Qwen/Qwen2.5-VL-3B-Instruct --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos \\
+          --frames=256 --max_pixels=78400 --dtype=bfloat16 --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 --answer_budget=256 \\
+          --checkpointing=true --rollout=vllm --vllm_memory=0.35
+  Qwen2.5-VL-7B on eight, 28 heads, so sp 4 x dp 2: 37 GB in training; 13 GB and vLLM's 40 in sampling
+      torchrun --standalone --nproc_per_node=8 train.py --model=Qwen/Qwen2.5-VL-7B-Instruct --sp=4 --stage2=true --fsdp=true \\
+          --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos --frames=512 --max_pixels=78400 --dtype=bfloat16 \\
+          --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 --answer_budget=256 --checkpointing=true --rollout=vllm --vllm_length=32768
+  GLM-4.1V-9B on eight: 40 GB in training; 36 in sampling by the torch engine, with all parameters whole
+      torchrun --standalone --nproc_per_node=8 train.py --model=zai-org/GLM-4.1V-9B-Thinking --sp=8 --stage2=true --fsdp=true \\
+          --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos --frames=256 --max_pixels=78400 --dtype=bfloat16 \\
+          --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 --answer_budget=256 --checkpointing=true --format_weight=0
+  LongVideo-Reason with the batch, clip, average and budget of its released code, but no KL term; 512 frames of 60 tokens: 37 GB
+      torchrun --standalone --nproc_per_node=8 train.py --model=Qwen/Qwen2.5-VL-7B-Instruct --sp=4 --stage2=true --fsdp=true \\
+          --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos --frames=512 --max_pixels=94864 --dtype=bfloat16 \\
+          --lr=1e-6 --sft_lr=1e-5 --warmup=0 --prompts_per_step=512 --updates_per_rollout=4 --clip_high=0.3 --loss_average=token \\
+          --tiers=false --oversample_cap=1 --force_answer=false --think_budget=1984 --answer_budget=64 --checkpointing=true \\
+          --rollout=vllm --vllm_length=40960
+
+Gigabytes are the most on a GPU with G = 8, as `python bench.py --memory=3b` computes them; no GPU has measured them yet.
 
 Three stages, as in the papers: align (only for a model made from nothing: it learns to see, then its tower is frozen),
 cold start (it learns to write its thinking down, from a teacher), RL (its own answers, verified, make it right).
@@ -62,6 +78,7 @@ class Config:
     sp: int = 0                    # ranks that share one video; 0: all of this machine; 1: none share
     stage2: bool = False           # shard the sequence over them in training too: memory for videos too long for one
     checkpointing: bool = False    # decoder layers computed again in the backward: a tenth of the memory, a fifth more time
+    compile: bool = False          # decoder layers through torch.compile in training: a minute once, then a fifth less memory
     dtype: str = "float32"         # of weights and activations; "bfloat16" on GPUs
     max_tokens: int = 16384        # the most positions in one forward, padding included; lower it if memory runs out
     # the video
@@ -108,9 +125,11 @@ class Config:
 
 MOST_GAP = {"float32": 1e-3, "bfloat16": 0.1}              # between sampler and trainer, in log-prob, on average over a step
 
-# What may differ when a run goes on: none of these changes what a step computes (sp, stage2, checkpointing, max_tokens: to float error).
-MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "checkpointing", "max_tokens", "vllm_memory",
-              "vllm_share", "rl_steps", "eval_every", "eval_samples", "eval_frames", "eval_budgets", "pass_k", "show_every", "save_every"}
+# What may differ when a run goes on: none of these changes what a step computes (sp, stage2, checkpointing, compile, max_tokens: to
+# float error).
+MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "checkpointing", "compile",
+              "max_tokens", "vllm_memory", "vllm_share", "rl_steps", "eval_every", "eval_samples", "eval_frames", "eval_budgets",
+              "pass_k", "show_every", "save_every"}
 
 
 def parse(arguments):
@@ -716,6 +735,8 @@ def main(c):
     model, tokenizer = load(found or c.model)
     if c.checkpointing:
         vlm.recompute_layers(model)
+    if c.compile:
+        vlm.compile_layers(model)
     banned, tower = vlm.banned_ids(model, tokenizer), model.model.visual
     lines = []
     if ranks.rank == 0:                                    # what was logged after the checkpoint will be logged again
