@@ -376,6 +376,8 @@ def parse(arguments):
     for key in ("frames", "size", "group", "completion", "sp", "threads", "steps", "warmup", "shards"):
         if np.min(getattr(a, key)) < (key != "warmup"):
             raise ValueError(f"--{key} must be at least {int(key != 'warmup')}")
+    if a.compile and "shared+sp" in a.variant and max(a.sp) > 1:
+        raise ValueError("--compile=1 and --variant=shared+sp do not go together; name other variants")
     if any(a.group % sp for sp in a.sp):
         raise ValueError(f"--group={a.group} is not divisible by every --sp: each rank samples its share")
     if not a.memory and 0 < torch.cuda.device_count() < max(a.sp):

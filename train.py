@@ -163,6 +163,8 @@ def check(c, ranks):
         raise ValueError(f'dtype is "float32" or "bfloat16", not {c.dtype!r}')
     if c.loss_average not in ("sample", "token"):
         raise ValueError(f'loss_average is "sample" or "token", not {c.loss_average!r}')
+    if c.compile and c.stage2 and ranks.sp > 1:            # tried on gloo: two ranks wait for one another for ever
+        raise ValueError("compile and stage2 do not go together over several sp ranks: switch one of them off")
     if c.group_size < 2:
         raise ValueError(f"group_size = {c.group_size}: a group needs at least 2 completions to compare")
     if c.group_size % ranks.sp:

@@ -297,7 +297,7 @@ def test_what_cannot_be_run_is_said_in_one_sentence(capfd):
     for given, said in ((["--frame=8"], "unknown argument"), (["frames=8"], "unknown argument"), (["--frames=8,x"], "whole numbers"),
                         (["--frames=0"], "at least 1"), (["--warmup=-1"], "at least 0"), (["--variant=fast"], "fast"),
                         (["--cache=hot"], "hot"), (["--rollout=sglang"], "sglang"), (["--checkpointing=2"], "0 or 1"),
-                        (["--group=3", "--sp=2"], "not divisible")):
+                        (["--group=3", "--sp=2"], "not divisible"), (["--compile=1"], "do not go together")):
         with pytest.raises(ValueError, match=said) as error:
             bench.parse(given)
         assert "\n" not in str(error.value)
