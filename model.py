@@ -395,6 +395,12 @@ def recompute_layers(model):
     text.train()                                           # transformers checkpoints in this mode alone; nothing here drops out
 
 
+def compile_layers(model):
+    """Decoder layers through torch.compile, one graph for all of them and for any length. Sampling stays as it is: see rollout.sample."""
+    for layer in model.model.language_model.layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)             # inside checkpointing and hooks, which stay outside
+
+
 def one_forward(work):
     """work(model, ...) as one forward of the model: where parameters are sharded, those of no layer (embeddings, head) are
     gathered before it, and once for its backward, in however many parts work calls them."""
@@ -544,10 +550,10 @@ def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
     if max_pixels:
         pixels.max_pixels = min(max_pixels, pixels.max_pixels)
         pixels.min_pixels = min(max_pixels, pixels.min_pixels)
-    model.to(device=device, dtype=dtype).eval()            # no dropout, in training either
-    for p in model.parameters():
-        p.data = p.data.clone()    # weights read from a file lie anywhere in memory, and matrix kernels round by alignment:
-    return model, tokenizer        # without this a resumed run differs from one never stopped in the last bit
+    model.to(device).eval()                                # no dropout, in training either
+    for p in model.parameters():   # weights alone: M-RoPE's frequencies stay float32: in bfloat16 a radian off at position 1,000
+        p.data = p.data.to(dtype, copy=True)               # weights read from a file lie anywhere in memory, and matrix kernels
+    return model, tokenizer        # round by alignment: without the copy a resumed run differs from one never stopped in the last bit
 
 
 def save(model, tokenizer, path, weights=None):

@@ -3,10 +3,6 @@ Teach a vision-language model to reason about long videos. One script, from one 
 
   laptop, two cores       torchrun --standalone --nproc_per_node=2 train.py
   your own videos         torchrun --standalone --nproc_per_node=2 train.py --data=my/questions.jsonl --out_dir=out-my
-  one box of 8 GPUs       torchrun --standalone --nproc_per_node=8 train.py --model=Qwen/Qwen2.5-VL-3B-Instruct \\
-                              --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos --frames=256 \\
-                              --max_pixels=78400 --dtype=bfloat16 --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 \\
-                              --answer_budget=256 --stage2=true --checkpointing=true --rollout=vllm
   two such boxes          the same on each, with --nnodes=2 --node_rank=0 (1 on the other) --master_addr=FIRST_BOX
                               --master_port=29500 in place of --standalone, and an --out_dir that both see
   too large for one GPU   --fsdp=true: weights, gradients and optimizer state sharded over all ranks
@@ -14,6 +10,26 @@ Teach a vision-language model to reason about long videos. One script, from one 
                               --eval_frames=16,64,256 --eval_budgets=0,48,96
   know what is hard       python train.py --mode=grade --model=MODEL --data=DATA --out_dir=graded, and for the training after it
                               --model=MODEL --data=DATA --out_dir=out-my --grades=graded/grades.jsonl
+  Qwen2.5-VL-3B on one GPU of 80 GB: 63 GB in training; 45 GB and vLLM's 28 in sampling
+      python train.py --model=Qwen/Qwen2.5-VL-3B-Instruct --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos \\
+          --frames=256 --max_pixels=78400 --dtype=bfloat16 --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 --answer_budget=256 \\
+          --checkpointing=true --rollout=vllm --vllm_memory=0.35
+  Qwen2.5-VL-7B on eight, 28 heads, so sp 4 x dp 2: 37 GB in training; 13 GB and vLLM's 40 in sampling
+      torchrun --standalone --nproc_per_node=8 train.py --model=Qwen/Qwen2.5-VL-7B-Instruct --sp=4 --stage2=true --fsdp=true \\
+          --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos --frames=512 --max_pixels=78400 --dtype=bfloat16 \\
+          --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 --answer_budget=256 --checkpointing=true --rollout=vllm --vllm_length=32768
+  GLM-4.1V-9B on eight: 40 GB in training; 36 in sampling by the torch engine, with all parameters whole
+      torchrun --standalone --nproc_per_node=8 train.py --model=zai-org/GLM-4.1V-9B-Thinking --sp=8 --stage2=true --fsdp=true \\
+          --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos --frames=256 --max_pixels=78400 --dtype=bfloat16 \\
+          --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 --answer_budget=256 --checkpointing=true --format_weight=0
+  LongVideo-Reason with the batch, clip, average and budget of its released code, but no KL term; 512 frames of 60 tokens: 37 GB
+      torchrun --standalone --nproc_per_node=8 train.py --model=Qwen/Qwen2.5-VL-7B-Instruct --sp=4 --stage2=true --fsdp=true \\
+          --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos --frames=512 --max_pixels=94864 --dtype=bfloat16 \\
+          --lr=1e-6 --sft_lr=1e-5 --warmup=0 --prompts_per_step=512 --updates_per_rollout=4 --clip_high=0.3 --loss_average=token \\
+          --tiers=false --oversample_cap=1 --force_answer=false --think_budget=1984 --answer_budget=64 --checkpointing=true \\
+          --rollout=vllm --vllm_length=40960
+
+Gigabytes are the most on a GPU with G = 8, as `python bench.py --memory=3b` computes them; no GPU has measured them yet.
 
 Three stages, as in the papers: align (only for a model made from nothing: it learns to see, then its tower is frozen),
 cold start (it learns to write its thinking down, from a teacher), RL (its own answers, verified, make it right).
@@ -67,6 +83,7 @@ class Config:
     stage2: bool = False           # shard the sequence over them in training too: memory for videos too long for one
     fsdp: bool = False             # weights, gradients and optimizer state sharded over all ranks, from the freezing of the tower on
     checkpointing: bool = False    # decoder layers computed again in the backward: a tenth of the memory, a fifth more time
+    compile: bool = False          # decoder layers through torch.compile in training: a minute once, then a fifth less memory
     dtype: str = "float32"         # of weights and activations; "bfloat16" on GPUs
     max_tokens: int = 16384        # the most positions in one forward, padding included; lower it if memory runs out
     # the video
@@ -114,8 +131,9 @@ class Config:
 MOST_GAP = {"float32": 1e-3, "bfloat16": 0.1}              # between sampler and trainer, in log-prob, on average over a step
 
 # What may differ when a run goes on: none of these changes what a step computes (sp to max_tokens: to float error).
-MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "fsdp", "checkpointing", "max_tokens",
-              "vllm_memory", "vllm_share", "rl_steps", "eval_every", "eval_samples", "eval_frames", "eval_budgets", "pass_k", "show_every", "save_every"}
+MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "fsdp", "checkpointing", "compile",
+              "max_tokens", "vllm_memory", "vllm_share", "rl_steps", "eval_every", "eval_samples", "eval_frames", "eval_budgets",
+              "pass_k", "show_every", "save_every"}
 
 
 def parse(arguments):
@@ -149,6 +167,10 @@ def check(c, ranks):
         raise ValueError(f'dtype is "float32" or "bfloat16", not {c.dtype!r}')
     if c.loss_average not in ("sample", "token"):
         raise ValueError(f'loss_average is "sample" or "token", not {c.loss_average!r}')
+    if c.compile and c.stage2 and ranks.sp > 1:            # tried on gloo: two ranks wait for one another for ever
+        raise ValueError("compile and stage2 do not go together over several sp ranks: switch one of them off")
+    if c.compile and c.fsdp and ranks.world > 1:
+        raise ValueError("compile and fsdp were never tried together: switch one of them off")
     if c.group_size < 2:
         raise ValueError(f"group_size = {c.group_size}: a group needs at least 2 completions to compare")
     if c.group_size % ranks.sp:
@@ -342,7 +364,8 @@ def like(x, p):
 def make_optimizer(model, lr):
     """AdamW over the weights that train; where they are bfloat16 over float32 copies: 8 bits would swallow an update of 1e-6."""
     weights = [p if p.dtype == torch.float32 else p.detach().float() for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.0)
+    fused = True if weights[0].is_cuda else None           # one kernel; the default there makes one more copy of all weights in between
+    return torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
 def update(model, optimizer, lr, ranks):
@@ -366,7 +389,7 @@ def update(model, optimizer, lr, ranks):
         group["lr"] = lr
         copies = [(p, copy) for p, copy in zip(parameters, group["params"]) if copy is not p]
         for p, copy in copies:
-            copy.grad = p.grad.float()
+            copy.grad, p.grad = p.grad.float(), None       # not both of all weights at once
         optimizer.step()
         with torch.no_grad():
             for p, copy in copies:
@@ -753,6 +776,8 @@ def main(c):
     model, tokenizer = load(found or c.model)
     if c.checkpointing:
         vlm.recompute_layers(model)
+    if c.compile:
+        vlm.compile_layers(model)
     banned, tower = vlm.banned_ids(model, tokenizer), model.model.visual
     lines = []
     if ranks.rank == 0:                                    # what was logged after the checkpoint will be logged again

@@ -3,15 +3,24 @@
 The variants do the same work by other ways: same completions, loss and gradient. The rows of two ranks are real runs.
 """
 import json
+import re
+import shlex
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import encode
 import grpo
+import model as vlm
+import rollout
 import train
 
 SMALL = {"frames": 5, "size": 56, "group": 4, "completion": 5, "steps": 1, "warmup": 0}
@@ -90,6 +99,166 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient(monkeypatch):
     assert kept[1] < kept[0] / 3
 
 
+def test_compiled_layers_give_the_same_gradient_in_one_graph_and_keep_less(monkeypatch):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = (one_step("shared", monkeypatch, frames=32, compile=on) for on in (0, 1))
+    assert compiled.tokens == plain.tokens and compiled.gap < 1e-5             # sampled by layers that are not compiled
+    assert compiled.loss == pytest.approx(plain.loss, rel=1e-5)
+    assert float((compiled.gradient - plain.gradient).norm() / plain.gradient.norm()) < 1e-5
+    kept = [bench.Work(settings("shared", frames=48, compile=on), encode.Ranks()).saved_bytes() for on in (0, 1)]       # another length
+    assert kept[1] < 0.85 * kept[0]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+class Live(TorchDispatchMode):
+    """How many bytes the tensors made inside it take, and the most they took at once."""
+    now = most = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        storages = lambda tree: {x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
+        known = {s._cdata for s in storages((args, kwargs))}                   # views and what is written in place
+        out = operation(*args, **(kwargs or {}))
+        for s in storages(out):
+            if s._cdata not in known:
+                self.now += s.nbytes()
+                weakref.finalize(s, self.gone, s.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def gone(self, n):
+        self.now -= n
+
+
+SMALL_SHAPE = {"text_config": dict(hidden_size=192, intermediate_size=640, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3,
+                                   vocab_size=3000, tie_word_embeddings=True, max_position_embeddings=32768, bos_token_id=None, eos_token_id=None,
+                                   rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}),
+               "vision_config": dict(depth=2, hidden_size=64, intermediate_size=96, num_heads=2, out_hidden_size=192), "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("name, dtype, other", [
+    ("tiny", torch.float32, {"frames": 64, "size": 112, "group": 8, "completion": 32}),
+    ("tiny", torch.bfloat16, {"frames": 256, "size": 112, "group": 4, "completion": 32, "checkpointing": 1}),
+    ("small", torch.bfloat16, {"frames": 16, "size": 112, "group": 16, "completion": 100}),
+    ("small", torch.float32, {"frames": 64, "size": 112, "group": 4, "completion": 40, "checkpointing": 1}),
+    ("glm", torch.float32, {"frames": 8, "size": 56, "group": 8, "completion": 64})])
+def test_memory_is_what_a_step_takes(name, dtype, other, monkeypatch, tmp_path):
+    """Tensors to the byte, what is kept for the backward within 2%, the most at once within 5%."""
+    if name == "glm":
+        from test_families import tiny_glm
+        name = str(tmp_path)
+        vlm.save(*tiny_glm(), name)
+    monkeypatch.setitem(bench.SHAPES, "small", SMALL_SHAPE)
+    work, most, layouts = bench.Work(settings("shared", model=name, cache="warm", **other), encode.Ranks()), {}, []
+    for p in work.model.parameters():
+        p.data = p.data.to(dtype)
+    work.optimizer, a, prompt = train.make_optimizer(work.model, 1e-6), work.a, work.see()
+    computed = bench.memory(work.model.config, a.frames, a.size, a.group, a.completion, dtype, checkpointing=a.checkpointing,
+                            text=len(prompt.ids) - len(prompt.vision))
+
+    def measured(phase, call):
+        def wrapped(*args, **how):
+            with Live() as live:
+                result = call(*args, **how)
+            most[phase] = live.most
+            return result
+        return wrapped
+
+    class Kept(rollout.SharedPrefix):
+        def __init__(self, *args):
+            super().__init__(*args)
+            layouts.append(self)
+
+    monkeypatch.setattr(rollout, "SharedPrefix", Kept)
+    monkeypatch.setattr(rollout, "rollout", measured("rollout", rollout.rollout))
+    monkeypatch.setattr(train, "grpo_step", measured("training", train.grpo_step))
+    update = train.update
+    monkeypatch.setattr(train, "update", lambda *args: 0.0)
+    work.step(0, train.Clock())                            # leaves gradients: the next step adds to them
+    monkeypatch.setattr(train, "update", update)
+    work.step(1, train.Clock())
+    size = lambda tensors: sum(x.nbytes for x in tensors)
+    kept = work.optimizer.param_groups[0]["params"]
+    state = [x for s in work.optimizer.state.values() for x in s.values() if x.ndim]
+    assert computed["vision"] == prompt.vision.nbytes and computed["weights"] == size(work.model.parameters())
+    assert computed["optimizer"] == size(state) + size(x for x in kept if dtype != torch.float32)
+    assert computed["gradients"] == size(p for p in work.model.parameters() if p.requires_grad)
+    assert computed["prefix_kv"] == size(x for pair in layouts[-1].prefix.values() for x in pair)
+    assert computed["completion_kv"] == size(x for pair in layouts[-1].own.values() for x in pair)
+    always = computed["weights"] + computed["optimizer"] + computed["vision"]
+    assert computed["in_rollout"] - always == pytest.approx(most["rollout"], rel=0.05)
+    assert computed["in_training"] - always - computed["gradients"] == pytest.approx(most["training"], rel=0.05)
+    saved = computed["activations"] + (0 if a.checkpointing else computed["masks"])        # under checkpointing no layer saves its mask
+    assert saved == pytest.approx(work.saved_bytes(), rel=0.02)
+
+
+def test_named_shapes_have_the_published_number_of_weights(capsys):
+    for name, weights in (("3b", 3_754_622_976), ("7b", 8_292_166_656)):       # of the total_size in their model.safetensors.index.json
+        config = bench.Qwen2_5_VLConfig(**bench.SHAPES[name])
+        with torch.device("meta"):
+            model = bench.AutoModelForImageTextToText.from_config(config)
+        assert sum(p.numel() for p in model.parameters()) == weights
+    assert bench.memory(config, 64, 308, 8, 512)["weights"] == 2 * weights
+    few, many = (bench.memory(config, n, 308, 8, 512, sp=4, checkpointing=1, shards=8) for n in (64, 1024))
+    assert few["optimizer"] == many["optimizer"] and 15.9 < many["vision"] / few["vision"] < 16.1 and few["most"] < many["most"]
+    bench.main(bench.parse(["--memory=7b", "--frames=64,3600", "--size=308", "--sp=1,4"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[3].endswith("made for") and not lines[2].endswith("made for")
+
+
+def test_random_weights_in_a_named_shape_are_made_in_their_dtype(monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "small", SMALL_SHAPE)
+    a, b = (bench.load("small", "cpu", torch.bfloat16, 3)[0] for _ in range(2))
+    assert all(x.dtype == torch.bfloat16 and torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))       # alike on all ranks
+    assert a.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_train_flops_are_those_of_the_matrices():
+    """As torch counts them, and it counts the head's forward twice. Attention apart, where it counts also pairs that do not see each other."""
+    work, counter = bench.Work(settings("shared", frames=32), encode.Ranks()), FlopCounterMode(display=False)
+
+    def counted(step):
+        with counter:
+            return step()
+    prompt = len(work.see().ids)
+    work.step(0, train.Clock(), counted)
+    torchs = sum(n for operation, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(operation))
+    m, G, L = bench.sizes(work.model.config), 4, 5
+    attention = 3 * 2 * m.n * 2 * m.H * m.d * (prompt ** 2 / 2 + G * ((L - 1) * prompt + (L - 1) ** 2 / 2))
+    assert bench.train_flops(work.model.config, prompt, G, L) - attention + 2 * G * L * m.D * m.V == pytest.approx(torchs, rel=0.01)
+
+
+def commands(text, script):
+    """The arguments of each command line of script in a page, or a docstring; what follows them is prose."""
+    text = re.sub(r"\\+\s*\n[^\S\n]*", "", text)
+    for launcher, line in re.findall(rf"^ +(?:.*?  )?((?:torchrun|python) .*?){script}((?: .*)?)$", text, re.M):
+        ranks = int((re.search(r"--nproc_per_node=(\d+)", launcher) or [0, 1])[1])
+        yield ranks, [word.strip(",") for word in shlex.split(re.match(r"(?: --\S+)*", line)[0])]
+
+
+HEADS = {"Qwen/Qwen2.5-VL-3B-Instruct": (16, 2), "Qwen/Qwen2.5-VL-7B-Instruct": (28, 4), "zai-org/GLM-4.1V-9B-Thinking": (32, 2)}
+
+
+@pytest.mark.parametrize("page, least", [("train.py", 8), ("README.md", 3), ("bench.py", 3), ("assets/speed.md", 3)])
+def test_every_command_line_shown_can_be_parsed(page, least):
+    """Those of train.py also pass its check for the ranks that they name, and stage 2 can share out the heads."""
+    text, seen = (Path(bench.__file__).parent / page).read_text(), 0
+    text = text.split('"""')[1] if page.endswith(".py") else text
+    for world, given in commands(text, "train.py"):
+        c = train.parse(given)
+        sp = c.sp or world
+        ranks = encode.Ranks(world=world, sp=sp, dp=world // sp)
+        train.check(c, ranks)
+        assert world % sp == 0
+        if c.stage2:
+            encode.check_heads(*HEADS[c.model], ranks)
+        seen += 1
+    for _, given in commands(text, "bench.py"):
+        bench.parse(given)
+        seen += 1
+    assert seen >= least, f"{seen} commands found in {page}"
+
+
 def test_noise_video_is_a_function_of_seed_and_frame_in_any_slices():
     video = bench.noise_video(6, 28, seed=3)
     whole = video.read(0, 6)
@@ -112,6 +281,8 @@ def test_rows_of_two_ranks(capsys, monkeypatch, tmp_path):
     assert 0 < rows[1]["saved_mb"] < rows[0]["saved_mb"]                       # stage 2 holds a part of the sequence
     P, G, L = rows[0]["prompt_tokens"], 4, 5
     assert rows[0]["lm_tokens"] == 2 * 2 * P + 2 * G * (L - 1)                 # each rank its own prefix
+    computed = bench.memory(vlm.build_tiny()[0].config, 5, 56, G, L, torch.float32, sp=2, text=P - 12)         # 12 vision tokens
+    assert computed["activations"] + computed["masks"] == pytest.approx(rows[1]["saved_mb"] * 2 ** 20, rel=0.05)
     table = [line.split() for line in out.splitlines() if line.split()[:1] == ["5"]]
     work = bench.Work(settings("shared"), encode.Ranks())
     alone = work.step(0, train.Clock())["norm"]
@@ -124,7 +295,7 @@ def test_what_cannot_be_run_is_said_in_one_sentence(capfd):
     for given, said in ((["--frame=8"], "unknown argument"), (["frames=8"], "unknown argument"), (["--frames=8,x"], "whole numbers"),
                         (["--frames=0"], "at least 1"), (["--warmup=-1"], "at least 0"), (["--variant=fast"], "fast"),
                         (["--cache=hot"], "hot"), (["--rollout=sglang"], "sglang"), (["--checkpointing=2"], "0 or 1"),
-                        (["--group=3", "--sp=2"], "not divisible")):
+                        (["--group=3", "--sp=2"], "not divisible"), (["--compile=1"], "do not go together")):
         with pytest.raises(ValueError, match=said) as error:
             bench.parse(given)
         assert "\n" not in str(error.value)

@@ -773,6 +773,8 @@ def test_load_sets_attention_dtype_and_no_dropout(saved):
     """Our attention in both halves: with transformers' default the packed mask would be ignored."""
     model, _ = vlm.load(saved, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not model.training
+    frequencies = vlm.load("tiny")[0].model.language_model.rotary_emb.inv_freq         # rounded to bfloat16, position 1,000 is a radian off
+    assert torch.equal(model.model.language_model.rotary_emb.inv_freq, frequencies) and frequencies.dtype == torch.float32
     assert model.config.text_config._attn_implementation == "layout" and model.config.vision_config._attn_implementation == "frames_flash"
 
 
