@@ -74,7 +74,8 @@ def test_tiers_can_matter_in_the_row_about_them():
 
 def test_a_claim_is_seen_where_every_seed_agrees_by_more_than_seeds_differ():
     verdict = runpy.run_path(str(ROOT / "assets" / "claims.py"))["verdict"]
-    assert [verdict(a, sign, [2, 2, 2]) for a, sign in (([3, 3, 4], ">"), ([1, 1, 0], ">"), ([3, 1, 3], ">"), ([1, 1, 1], "<"), ([3, 2, 3], ">"))] == [
+    assert [verdict(a, sign, [2, 2, 2]) for a, sign in (([3, 3, 4], ">"), ([1, 1, 0], ">"), ([3, 1, 3], ">"), ([1, 1, 0], "<"), ([3, 2, 3], ">"))] == [
         "seen", "opposite", "not seen", "seen", "not seen"]
-    assert verdict([1, 11, 21], ">", [0, 10, 20]) == verdict([0, 10, 20], ">", [1, 11, 21]) == "not seen"
+    assert verdict([1, 11, 22], ">", [0, 10, 20]) == "seen" and verdict([0, 10, 20], ">", [1, 11, 22]) == "opposite"      # pairs
+    assert verdict([1, 1, 9], ">", [0, 0, 0]) == verdict([2, 2, 2], ">", [1.5, 1.5, 1.4], least=1) == "not seen"
     assert verdict([1, 2, 3], "=", [2, 3, 4]) == "seen" and verdict([1.0, 1.1, 1.2], "=", [5.0, 5.1, 5.2]) == "not seen"
