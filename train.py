@@ -3,7 +3,7 @@ Teach a vision-language model to reason about long videos. One script, from one 
 
   laptop, two cores       torchrun --standalone --nproc_per_node=2 train.py
   your own videos         torchrun --standalone --nproc_per_node=2 train.py --data=my/questions.jsonl --out_dir=out-my
-  two such boxes          the same on each, with --nnodes=2 --node_rank=0 (1 on the other) --master_addr=FIRST_BOX
+  two boxes               the same command on each, with --nnodes=2 --node_rank=0 (1 on the other) --master_addr=FIRST_BOX
                               --master_port=29500 in place of --standalone, and an --out_dir that both see
   too large for one GPU   --fsdp=true: weights, gradients and optimizer state sharded over all ranks
   look at a result        python train.py --mode=eval --model=out/model, and at other frames or thinking budgets with
