@@ -510,9 +510,10 @@ def gathered(model, unless=None):
         model.set_reshard_after_forward(False, recurse=False)
 
 
-def weights(model):
-    """Name and tensor of each parameter. Where they are sharded all ranks must ask alike: one is gathered as it is asked for."""
-    for name, w in model.named_parameters():
+def weights(model, tied=False):
+    """Name and tensor of each parameter, once, or under every name that it has. Where they are sharded all ranks must ask alike: one is
+    gathered as it is asked for."""
+    for name, w in model.named_parameters(remove_duplicate=not tied):
         w = w.detach()
         yield name, w.to(model.dtype).full_tensor() if isinstance(w, DTensor) else w
 

@@ -271,7 +271,7 @@ class VLLM:
             self.llm.wake_up()
         version = sum(p._version for p in model.parameters())
         if version != self.version:
-            weights = ((name, w) for name, w in vlm.weights(model) if ".visual." not in name)
+            weights = ((name, w) for name, w in vlm.weights(model, tied=True) if ".visual." not in name)      # vLLM misses a tied head
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self.llm.reset_prefix_cache()
             self.llm.llm_engine.reset_encoder_cache()      # reload_weights empties the worker's; the scheduler must know
