@@ -47,8 +47,7 @@ import train
 
 VARIANTS = ("naive", "reuse", "shared", "shared+sp")
 KEYS = ("variant", "cache", "frames", "size", "group", "completion", "sp", "rollout", "prompt_tokens", "lm_tokens", "encodes",
-        "seconds", "encode_s", "rollout_s", "train_s", "saved_mb", "peak_mb", "device",
-        "train_tflop", "peak_share")
+        "seconds", "encode_s", "rollout_s", "train_s", "saved_mb", "peak_mb", "device", "train_tflop", "peak_share")
 SETTINGS = {                         # a list takes several, with commas between
     "model": "tiny",                 # 3b, 7b, a checkpoint directory, or a hub name
     "frames": [64],                  # of the video; several, with commas, for --plot
@@ -92,7 +91,7 @@ def load(name, device, dtype, seed):
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(Qwen2_5_VLConfig(**SHAPES[name], **ids), dtype=dtype)
-    model.set_attn_implementation({"text_config": "layout", "vision_config": "frames_flash"})
+    model.set_attn_implementation(vlm.ATTENTION)
     model.generation_config, model.pixels = tiny.generation_config, pixels
     return model.eval(), tokenizer
 
@@ -280,15 +279,15 @@ def measure(a):
     steps[-1].update(gap_max=max(s["gap"] for s in steps), peak=peak / 2 ** 20, saved=work.saved_bytes() / 2 ** 20)
     every = train.gather(steps[-1], ranks)
     of = lambda key: [r[key] for r in every]
-    train_s = statistics.median(s["train_s"] for s in steps[a.warmup:])
+    medians = {k: statistics.median(s[k] for s in steps[a.warmup:]) for k in KEYS[11:15]}        # seconds
     flops = train_flops(work.model.config, result["prompt_tokens"], a.group, a.completion)         # however often a variant makes them
     best = next((v for k, v in PEAK_FLOPS.items() if cuda and k in torch.cuda.get_device_name()), None)
     return {**{k: getattr(a, k) for k in KEYS[:8]}, "prompt_tokens": result["prompt_tokens"], "lm_tokens": sum(of("lm")),
             "encodes": round(sum(of("temporal")) / -(-a.frames // work.model.pixels.temporal), 3),
-            **{k: round(statistics.median(s[k] for s in steps[a.warmup:]), 4) for k in KEYS[11:15]},
+            **{k: round(seconds, 4) for k, seconds in medians.items()},
             "saved_mb": round(max(of("saved")), 1), "peak_mb": round(max(of("peak")), 1),
             "device": torch.cuda.get_device_name() if cuda else "cpu", "train_tflop": round(flops / 1e12, 4),
-            "peak_share": best and round(flops / train_s / best / a.sp, 4),
+            "peak_share": best and round(flops / medians["train_s"] / best / a.sp, 4),
             "norm": steps[0]["norm"], "gap": max(of("gap_max")), "lm_by_rank": of("lm"), "peak_by_rank": of("peak")}
 
 

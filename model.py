@@ -331,6 +331,7 @@ def layout_attention(module, query, key, value, attention_mask, layout, scaling,
 
 AttentionInterface.register("layout", layout_attention)
 AttentionMaskInterface.register("layout", lambda *args, **kwargs: None)        # the layout knows who sees whom
+ATTENTION = {"text_config": "layout", "vision_config": "frames_flash"}         # what a model here attends with; the second is encode's
 
 
 class Packed:
@@ -546,7 +547,7 @@ def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
         if wrong:
             raise ValueError(f"{name}: tensors missing, not expected or of another shape: {', '.join(wrong[:5])} ({len(wrong)} in all)")
         tokenizer, pixels = AutoTokenizer.from_pretrained(name), read_pixels(name, config.model_type == "glm4v")
-    model.set_attn_implementation({"text_config": "layout", "vision_config": "frames_flash"})
+    model.set_attn_implementation(ATTENTION)
     model.pixels = pixels
     if max_pixels:
         pixels.max_pixels = min(max_pixels, pixels.max_pixels)

@@ -870,7 +870,7 @@ def main(c):
     # Align and cold start: next-token loss on given texts. Only a tower made from nothing trains, and only here.
     stage2 = c.stage2 and not made                         # a tower that trains is small, and sees other videos on each rank
     tower.requires_grad_(made)
-    taught = [s.id for s in train if s.thought]
+    taught, parts = [s.id for s in train if s.thought], data.toy_parts(c.data)
     for stage, steps in (("align", c.align_steps if made else 0), ("sft", c.sft_steps)):
         started = begin(stage, steps, c.sft_lr, taught if stage == "sft" else ["any"], "no sample has a thought to learn from")
         if not started:
@@ -879,8 +879,7 @@ def main(c):
         for step in todo:
             start = time.perf_counter()
             if stage == "align":
-                batch = [data.toy_description(c.seed, step * c.sft_batch + i, step / steps, data.toy_parts(c.data))
-                         for i in range(c.sft_batch)]
+                batch = [data.toy_description(c.seed, step * c.sft_batch + i, step / steps, parts) for i in range(c.sft_batch)]
             else:
                 batch = [by_id[id] for id in curriculum.draw(c.sft_batch)]
             if made:

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import traceback
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -496,13 +495,9 @@ def shares(model, tokenizer, ranks):
 
 def one_rank(rank, folder, port, models):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    try:
-        ranks = encode.start()
-        for family, (model, tokenizer) in models.items():
-            torch.save(shares(model, tokenizer, ranks), os.path.join(folder, f"{family}-{rank}.pt"))
-    except Exception:
-        traceback.print_exc()
-        raise
+    ranks = encode.start()
+    for family, (model, tokenizer) in models.items():
+        torch.save(shares(model, tokenizer, ranks), os.path.join(folder, f"{family}-{rank}.pt"))
     dist.destroy_process_group()
 
 
