@@ -10,14 +10,18 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections import OrderedDict
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.distributed._functional_collectives import all_to_all_single_autograd
@@ -87,26 +91,64 @@ class Ranks:
     group: object = None       # the process group of my sp ranks; None without torchrun
 
 
-def start(sp=0):
+PATIENCE = timedelta(minutes=10)    # how long a rank waits for one that says nothing; one that dies is noticed at once, if its system lives
+
+
+def start(sp=0, same={}):
     """Join the other processes that torchrun started; without torchrun, be alone. sp = 0: all ranks of this machine.
 
-    Raises ValueError on every rank where sp does not divide the number of ranks.
+    same: {name: what must be equal on all ranks}. Raises ValueError on every rank where something is not, where a machine has
+    fewer GPUs than ranks, and where sp does not divide the number of ranks.
     """
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    cuda = torch.cuda.is_available()
-    device = f"cuda:{local}" if cuda else "cpu"
-    if cuda:
-        torch.cuda.set_device(device)
-    sp = sp or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    world, local, beside = (int(os.environ.get(k, other)) for k, other in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    cuda, sp = torch.cuda.is_available(), sp or beside
+    backend, device = "nccl" if cuda else "gloo", f"cuda:{local}" if cuda else "cpu"
+    if "RANK" in os.environ and not dist.is_initialized():
+        gpus = torch.cuda.device_count()
+        short = f"{beside} ranks on a machine of {gpus} GPUs, give --nproc_per_node={gpus}" if cuda and gpus < beside else ""
+        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+        meet(store, rank, world, {"sp": sp, "backend": backend, **versions(), **same}, short)
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     if sp < 1 or world % sp:
         raise ValueError(f"sp = {sp} does not divide the {world} ranks; choose an sp that does, or another --nproc_per_node")
     if "RANK" not in os.environ:
         return Ranks(device=device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
     rank = dist.get_rank()
-    groups = [dist.new_group(range(first, first + sp)) for first in range(0, world, sp)]           # all ranks make all
+    groups = [dist.new_group(range(first, first + sp), timeout=PATIENCE) for first in range(0, world, sp)]         # all ranks make all
     return Ranks(rank, world, sp, rank % sp, world // sp, rank // sp, device, groups[rank // sp])
+
+
+def versions():
+    """What a rank computes with: of torch, of transformers, and a hash of those of our files that are loaded."""
+    files = {getattr(m, "__file__", None) or "" for m in list(sys.modules.values())}
+    files = [f for f in files if os.path.dirname(f) == os.path.dirname(__file__)]              # not all that lie there: some are yours
+    code = hashlib.sha256(b"".join(Path(f).read_bytes() for f in sorted(files))).hexdigest()[:8]
+    return {"torch": str(torch.__version__), "transformers": transformers.__version__, "code": code}
+
+
+def meet(store, rank, world, facts, wrong=""):
+    """All ranks compare what they are, through the store: two versions of NCCL may not even be able to say that they differ.
+
+    Raises ValueError, with one text on all ranks, where facts differ between ranks or something is wrong on one.
+    """
+    store.set(f"met {rank}", json.dumps([facts, wrong]))
+    every = []
+    for r in range(world):
+        try:
+            every.append(json.loads(store.get(f"met {r}")))
+        except dist.DistStoreError:
+            raise ValueError(f"rank {r} did not start within {PATIENCE}: see what its machine says") from None
+    wrong = sorted({text for _, text in every if text})
+    for name in facts:
+        said = {}                                          # value: who has it
+        for r, (theirs, _) in enumerate(every):
+            said.setdefault(str(theirs.get(name)), []).append(str(r))
+        if len(said) > 1:
+            wrong.append(f"{name} = " + ", ".join(f"{value} on rank {' '.join(who)}" for value, who in said.items()))
+    if wrong:
+        raise ValueError("the ranks cannot work together: " + "; ".join(wrong))
 
 
 def together(work, ranks):

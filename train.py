@@ -4,7 +4,8 @@ Teach a vision-language model to reason about long videos. One script, from one 
   laptop, two cores       torchrun --standalone --nproc_per_node=2 train.py
   your own videos         torchrun --standalone --nproc_per_node=2 train.py --data=my/questions.jsonl --out_dir=out-my
   two boxes               the same command on each, with --nnodes=2 --node_rank=0 (1 on the other) --master_addr=FIRST_BOX
-                              --master_port=29500 in place of --standalone, and an --out_dir that both see
+                              --master_port=29500 in place of --standalone, and an --out_dir that both see; if one dies,
+                              the other ends: start both again
   too large for one GPU   --fsdp=true: weights, gradients and optimizer state sharded over all ranks
   look at a result        python train.py --mode=eval --model=out/model, and at other frames or thinking budgets with
                               --eval_frames=16,64,256 --eval_budgets=0,48,96
@@ -134,6 +135,7 @@ MOST_GAP = {"float32": 1e-3, "bfloat16": 0.1}              # between sampler and
 MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "fsdp", "checkpointing", "compile",
               "max_tokens", "vllm_memory", "vllm_share", "rl_steps", "eval_every", "eval_samples", "eval_frames", "eval_budgets",
               "pass_k", "show_every", "save_every"}
+MACHINE = {"video_dir", "cache_dir", "cache_gb", "out_dir", "vllm_memory"}           # what may differ between the machines of a run
 
 
 def parse(arguments):
@@ -699,7 +701,7 @@ def check_same_run(c, saved, where):
 # the run
 
 def main(c):
-    ranks = encode.start(c.sp)
+    ranks = encode.start(c.sp, {k: v for k, v in asdict(c).items() if k not in MACHINE})
     check(c, ranks)
     if c.rollout == "vllm":
         import_vllm()                                      # not found: say so now, not after the cold start
@@ -1072,13 +1074,28 @@ def draw_curves(lines, path):
     os.replace(path + ".tmp", path)
 
 
+def machine_error(e):
+    """What an error of the machine, not of the code, means and what to do. -> a line, whether only others know the cause; None: a bug"""
+    text = " ".join(str(e).split())
+    if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text or "can't allocate memory" in text:
+        return ("out of memory: lower max_tokens, frames or max_pixels; checkpointing=true keeps a tenth for the backward, stage2=true shares "
+                f"it over the sp ranks; with rollout=vllm lower vllm_memory, or vllm_share=true. torch said: {text[:300]}", False)
+    if isinstance(e, dist.DistError) or "gloo/transport" in text:
+        return ("another rank is gone, or cannot be reached: see what its machine says, then start all again with the same out_dir. If they "
+                f"never met, name the network between them: GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME. torch said: {text[:300]}", True)
+    return None
+
+
 if __name__ == "__main__":
     try:
         main(parse(sys.argv[1:]))
-    except (ValueError, OSError) as e:
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(5)                                  # rank 0 says the same, and torchrun then ends us all
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        known = (str(e), False) if isinstance(e, (ValueError, OSError)) else machine_error(e)
+        if not known:
+            raise
+        line, wait = known                                 # one rank of a machine speaks, after any who knows more; torchrun then
+        time.sleep(5 * (bool(int(os.environ.get("LOCAL_RANK", 0))) + wait))    # ends those who still sleep
         print(file=sys.stderr)                             # off the line of a progress bar
-        sys.exit(f"train.py: {e}")
+        sys.exit(f"train.py: {line}")
     finally:
         leave()
