@@ -533,20 +533,24 @@ def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
         local = os.path.exists(name) or name.startswith((".", "/")) or name.count("/") > 1
         if local and not os.path.exists(os.path.join(name, "config.json")):
             raise ValueError(f"{name} is no checkpoint: it has no config.json")
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type not in FAMILIES:
-            why = ("; its tower adds features to several layers of the language model (deepstack), and what is cached, gathered "
-                   "and sharded here is one vector a vision token" if config.model_type.startswith("qwen3_vl") else "")
-            raise ValueError(f"{name} is a {config.model_type} model; this code reads {' and '.join(FAMILIES)} checkpoints{why}")
         try:
+            config = AutoConfig.from_pretrained(name)
+            if config.model_type not in FAMILIES:
+                why = ("; its tower adds features to several layers of the language model (deepstack), and what is cached, gathered "
+                       "and sharded here is one vector a vision token" if config.model_type.startswith("qwen3_vl") else "")
+                raise ValueError(f"{name} is a {config.model_type} model; this code reads {' and '.join(FAMILIES)} checkpoints{why}")
             model, info = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True,
                                                                       ignore_mismatched_sizes=True)
+            tokenizer, pixels = AutoTokenizer.from_pretrained(name), read_pixels(name, config.model_type == "glm4v")
         except SafetensorError as e:
             raise ValueError(f"{name}: damaged weights ({e})") from e
+        except OSError as e:                               # transformers' own line does not name the checkpoint, and is several
+            where = name if os.path.isdir(name) else (f"{name} is no directory here and did not come from the hub: see whether the "
+                                                      "name is right and the network there, or give the directory of a copy")
+            raise OSError(f"{where}. transformers said: {' '.join(str(e).split())}") from e
         wrong = [str(k) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in sorted(info[key])]
         if wrong:
             raise ValueError(f"{name}: tensors missing, not expected or of another shape: {', '.join(wrong[:5])} ({len(wrong)} in all)")
-        tokenizer, pixels = AutoTokenizer.from_pretrained(name), read_pixels(name, config.model_type == "glm4v")
     model.set_attn_implementation(ATTENTION)
     model.pixels = pixels
     if max_pixels:

@@ -829,6 +829,19 @@ def test_load_refuses_a_directory_without_config(tmp_path):
     assert str(tmp_path) in str(e.value)
 
 
+def test_what_transformers_cannot_read_is_one_line_that_names_the_checkpoint(saved, tmp_path):
+    """Its own lines do not say which checkpoint, and are several. A process of its own: whether there is a hub is settled at import."""
+    path = tampered(saved, tmp_path / "c", lambda t: None)
+    os.remove(os.path.join(path, "config.json"))           # a link to the whole one
+    with open(os.path.join(path, "config.json"), "w") as f:
+        f.write('{"model_type":')
+    for name, says in (("nobody/nothing", "no directory here and did not come from the hub"), (path, "not a valid JSON file")):
+        done = subprocess.run([sys.executable, "rollout.py", f"--model={name}", "--video=toy:3", "--question=How many?"], text=True,
+                              capture_output=True, cwd=os.path.dirname(vlm.__file__), env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        [line] = done.stderr.strip().split("\n")
+        assert done.returncode == 1 and line.startswith(f"rollout.py: {name}") and says in line, done.stderr
+
+
 def test_load_refuses_a_checkpoint_without_preprocessing(saved, tmp_path):
     path = tampered(saved, tmp_path / "c", lambda t: None)
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
