@@ -58,6 +58,7 @@ SETTINGS = {                         # a list takes several, with commas between
     "cache": ["cold", "warm"],
     "checkpointing": 0,              # 1: decoder layers are computed again in the backward
     "compile": 0,                    # 1: decoder layers through torch.compile in training, once in warmup
+    "dtype": "",                     # float32 or bfloat16; empty: float32 on CPUs, bfloat16 on GPUs
     "rollout": ["torch"],            # the engine; vllm too, where it is installed, for shared
     "threads": 1,                    # of each rank
     "steps": 3, "warmup": 1,         # timed (seconds are their median), and before; none of these warms the cache
@@ -179,8 +180,8 @@ class Work:
 
     def __init__(self, a, ranks):
         self.a, self.ranks, self.alone = a, ranks, encode.Ranks(device=ranks.device)
-        dtype = torch.float32 if ranks.device == "cpu" else torch.bfloat16
-        self.model, self.tokenizer = load(a.model, ranks.device, dtype, a.seed)
+        dtype = a.dtype or ("float32" if ranks.device == "cpu" else "bfloat16")
+        self.model, self.tokenizer = load(a.model, ranks.device, getattr(torch, dtype), a.seed)
         px, inner, text = self.model.pixels, self.model.model, self.model.config.text_config
         if a.size % (px.patch * px.merge):
             raise ValueError(f"--size={a.size}: a side must be a multiple of {px.patch * px.merge} pixels, one vision token")
@@ -369,7 +370,7 @@ def parse(arguments):
         except ValueError:
             raise ValueError(f"--{key}={text}: whole numbers are expected") from None
     for key, known in {"variant": VARIANTS, "cache": ("cold", "warm"), "rollout": ("torch", "vllm"), "checkpointing": (0, 1),
-                       "compile": (0, 1)}.items():
+                       "compile": (0, 1), "dtype": ("", "float32", "bfloat16")}.items():
         for wrong in set(np.atleast_1d(getattr(a, key)).tolist()) - set(known):
             raise ValueError(f"--{key}={wrong}: it is {' or '.join(map(str, known))}")
     for key in ("frames", "size", "group", "completion", "sp", "threads", "steps", "warmup", "shards"):

@@ -1,6 +1,7 @@
 """python -m pytest tests/test_claims.py -q
 
-The claims table: the KL term that was deleted, kept as a patch; the table's commands; how it judges.
+The claims table: the KL term that was deleted, kept as a patch; the table's commands; how it judges. The precision table: what its
+columns say.
 """
 import os
 import runpy
@@ -15,6 +16,8 @@ import torch
 import data
 import encode
 import grpo
+import model as vlm
+import rollout
 import train
 from curriculum import Curriculum
 
@@ -79,3 +82,26 @@ def test_a_claim_is_seen_where_every_seed_agrees_by_more_than_seeds_differ():
     assert verdict([1, 11, 22], ">", [0, 10, 20]) == "seen" and verdict([0, 10, 20], ">", [1, 11, 22]) == "opposite"      # pairs
     assert verdict([1, 1, 9], ">", [0, 0, 0]) == verdict([2, 2, 2], ">", [1.5, 1.5, 1.4], least=1) == "not seen"
     assert verdict([1, 2, 3], "=", [2, 3, 4]) == "seen" and verdict([1.0, 1.1, 1.2], "=", [5.0, 5.1, 5.2]) == "not seen"
+
+
+def test_the_precision_table_measures_what_its_columns_say():
+    """Without the weights the gradient is that of advantage times log-prob, averaged by hand. In float32 nothing is left to correct."""
+    precision = SimpleNamespace(**runpy.run_path(str(ROOT / "assets" / "precision.py")))
+    model, tokenizer = vlm.load("tiny")
+    model.model.visual.requires_grad_(False)
+    prompt = vlm.make_prompt(model, tokenizer, "How many?", *vlm.encode_video(model, lambda: data.open_video("toy:3", 8), encode.Ranks()))
+    banned, G = vlm.banned_ids(model, tokenizer), precision.G
+    answers = rollout.sample(model, tokenizer, [prompt], [[(0, n) for n in range(G)]], 5, 3)[0]
+    group = train.Group(0, None, prompt, answers, None, torch.linspace(-1, 1, G))
+    plain, _ = precision.gradient(model, group, banned, False)
+    model.zero_grad()
+    logprobs, _ = vlm.logprobs(model, [prompt], [[x.tokens for x in answers]], banned)
+    loss = sum(a * lp[:len(x.tokens)][x.sampled].sum() / x.sampled.sum() for a, lp, x in zip(group.advantages, logprobs, answers))
+    (-loss / G).backward()
+    by_hand = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert float((plain - by_hand).norm() / by_hand.norm()) < 1e-5
+
+    [_, gap, most, _, _, weights, rounding], [_, gap16, _, _, _, weights16, rounding16] = (
+        precision.measure("tiny", dtype, 4, "torch") for dtype in ("float32", "bfloat16"))
+    assert gap < 1e-5 and most < 1e-4 and weights < 1e-4 and rounding < 1e-4
+    assert 1e-4 < gap16 < train.MOST_GAP["bfloat16"] and weights16 > 10 * weights and rounding16 > 10 * rounding
