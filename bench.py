@@ -145,15 +145,17 @@ def memory(config, frames, size, group, completion, dtype=torch.bfloat16, sp=1, 
     step = max(1, (1 << 24) // (P + C))                                        # as model.Packed cuts them; the whole on every rank
     r["masks"] = sum((min(lo + step, C) - lo) * (P + min(lo + step, C)) for lo in range(0, C, step)) * b
     # Made and dropped again: one layer's MLP in the prefill, or a decoding step's probabilities; three float32 copies of a chunk's
-    # logits; under checkpointing one layer as without it; gathered parameters: all, or two layers, embeddings and head.
+    # logits; under checkpointing one layer as without it. Of sharded parameters, all gathered to sample; to train embeddings, head and
+    # its gradient, and beside them this layer, the next, and a gradient in float32 on its way; at the end those of embeddings and head.
     r["sampling"] = max(P // sp * (3 * m.F + 4 * m.D + 2 * m.d) * b, 28 * group // sp * m.V)
     r["head"], r["layer"] = 12 * head * m.V, (saved if checkpointing else 0) + S * 2 * (m.F - m.D) * b
     if config.tie_word_embeddings and shards == 1:         # the head's gradient waits for the embeddings'
         r["layer"] += m.V * m.D * b
-    gathered = [N * 2, (2 * layer + (N - m.n * layer)) * 8] if shards > 1 else [0, 0]
+    ends = N - m.n * layer
+    every, head, one, last = (N * b, (ends + m.V * m.D) * b, layer * (2 * b + 4), ends * (2 * b + 4)) if shards > 1 else (0, 0, 0, 0)
     always = r["weights"] + r["optimizer"] + r["vision"]
-    r["in_rollout"] = always + gathered[0] + r["prefix_kv"] + r["completion_kv"] + r["sampling"]
-    r["in_training"] = always + gathered[1] + r["gradients"] + r["activations"] + r["masks"] + max(r["head"], r["layer"])
+    r["in_rollout"] = always + every + r["prefix_kv"] + r["completion_kv"] + r["sampling"]
+    r["in_training"] = always + r["gradients"] + max(last, r["activations"] + r["masks"] + head + max(r["head"], r["layer"] + one))
     r["in_update"] = always + N * 4 / shards               # gradients in float32, which replace the others one by one
     return {k: int(v) for k, v in r.items()} | {"most": int(max(r["in_rollout"], r["in_training"], r["in_update"]))}
 

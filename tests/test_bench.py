@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -113,21 +114,30 @@ def test_compiled_layers_give_the_same_gradient_in_one_graph_and_keep_less(monke
 
 class Live(TorchDispatchMode):
     """How many bytes the tensors made inside it take, and the most they took at once."""
-    now = most = 0
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.most = weakref.WeakSet(), 0
+
+    def now(self):
+        return sum(s.nbytes() for s in self.made)          # not as they were made: FSDP empties storages and fills them again
+
+    def watch(self, phase, call, most):
+        """call, and most[phase]: the most bytes that it took at once."""
+        def watched(*args, **how):
+            self.most = before = self.now()
+            result = call(*args, **how)
+            most[phase] = self.most - before
+            return result
+        return watched
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        storages = lambda tree: {x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
+        storages = lambda tree: {x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)}
         known = {s._cdata for s in storages((args, kwargs))}                   # views and what is written in place
         out = operation(*args, **(kwargs or {}))
-        for s in storages(out):
-            if s._cdata not in known:
-                self.now += s.nbytes()
-                weakref.finalize(s, self.gone, s.nbytes())
-        self.most = max(self.most, self.now)
+        self.made.update(s for s in storages(out) if s._cdata not in known)
+        self.most = max(self.most, self.now())
         return out
-
-    def gone(self, n):
-        self.now -= n
 
 
 SMALL_SHAPE = {"text_config": dict(hidden_size=192, intermediate_size=640, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3,
@@ -149,20 +159,11 @@ def test_memory_is_what_a_step_takes(name, dtype, other, monkeypatch, tmp_path):
         name = str(tmp_path)
         vlm.save(*tiny_glm(), name)
     monkeypatch.setitem(bench.SHAPES, "small", SMALL_SHAPE)
-    work, most, layouts = bench.Work(settings("shared", model=name, cache="warm", **other), encode.Ranks()), {}, []
-    for p in work.model.parameters():
-        p.data = p.data.to(dtype)
-    work.optimizer, a, prompt = train.make_optimizer(work.model, 1e-6), work.a, work.see()
+    dtype_name = str(dtype).removeprefix("torch.")
+    work, live, most, layouts = bench.Work(settings("shared", model=name, cache="warm", dtype=dtype_name, **other), encode.Ranks()), Live(), {}, []
+    a, prompt = work.a, work.see()
     computed = bench.memory(work.model.config, a.frames, a.size, a.group, a.completion, dtype, checkpointing=a.checkpointing,
                             text=len(prompt.ids) - len(prompt.vision))
-
-    def measured(phase, call):
-        def wrapped(*args, **how):
-            with Live() as live:
-                result = call(*args, **how)
-            most[phase] = live.most
-            return result
-        return wrapped
 
     class Kept(rollout.SharedPrefix):
         def __init__(self, *args):
@@ -170,13 +171,14 @@ def test_memory_is_what_a_step_takes(name, dtype, other, monkeypatch, tmp_path):
             layouts.append(self)
 
     monkeypatch.setattr(rollout, "SharedPrefix", Kept)
-    monkeypatch.setattr(rollout, "rollout", measured("rollout", rollout.rollout))
-    monkeypatch.setattr(train, "grpo_step", measured("training", train.grpo_step))
+    monkeypatch.setattr(rollout, "rollout", live.watch("rollout", rollout.rollout, most))
+    monkeypatch.setattr(train, "grpo_step", live.watch("training", train.grpo_step, most))
     update = train.update
     monkeypatch.setattr(train, "update", lambda *args: 0.0)
-    work.step(0, train.Clock())                            # leaves gradients: the next step adds to them
-    monkeypatch.setattr(train, "update", update)
-    work.step(1, train.Clock())
+    with live:
+        work.step(0, train.Clock())                        # leaves gradients: the next step adds to them
+        monkeypatch.setattr(train, "update", update)
+        work.step(1, train.Clock())
     size = lambda tensors: sum(x.nbytes for x in tensors)
     kept = work.optimizer.param_groups[0]["params"]
     state = [x for s in work.optimizer.state.values() for x in s.values() if x.ndim]

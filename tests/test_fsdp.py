@@ -15,14 +15,19 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
+import bench
 import encode
 import model as vlm
+import rollout as rollout_file
 import train
 from rollout import leave, rollout
+from test_bench import SMALL_SHAPE, Live, settings
 from test_train import ALONE, SMALL, STEPS, alone, close, ended, files, flags, group_of, metrics, one_thread, same, torchrun, weights
 
 LAYOUTS = {2: [(1, False), (2, False), (2, True)], 4: [(2, False), (2, True), (1, False)]}          # ranks: (sp, stage2)
 HOW = {**SMALL, "sft_steps": 2, "rl_steps": 4, "eval_every": 2, "save_every": 100, "show_every": 0}   # from a model whose tower is frozen
+MEMORY = [{"frames": 64, "group": 8, "completion": 40, "checkpointing": on} for on in (0, 1)] + [
+    {"frames": 512, "group": 4, "completion": 32, "checkpointing": 1}]
 BFLOAT = dict(dtype="bfloat16", sp=1, lr=1e-5, rl_steps=2, eval_every=0)
 
 
@@ -103,6 +108,26 @@ def tied(ranks, folder):
         torch.save((norm, found), f"{folder}/tied.pt")
 
 
+def peaks(ranks, **how):
+    """-> `bench.memory` of a step with everything sharded, and what it takes at once, per phase."""
+    work, most = bench.Work(settings("shared+sp", model="small", cache="warm", size=112, dtype="bfloat16", sp=2, **how), ranks), {}
+    live = Live()
+    vlm.shard(work.model, ranks)
+    work.optimizer, a, prompt = train.make_optimizer(work.model, 1e-6), work.a, work.see()
+    real = rollout_file.rollout, train.grpo_step, train.update
+    train.update = lambda *_: 0.0
+    with live:
+        work.step(0, train.Clock())                        # leaves gradients: the next step adds to them
+        rollout_file.rollout, train.grpo_step = live.watch("rollout", real[0], most), live.watch("training", real[1], most)
+        work.step(1, train.Clock())
+    rollout_file.rollout, train.grpo_step, train.update = real
+    part = lambda xs: sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in xs)
+    train.update(work.model, work.optimizer, 1e-6, ranks)
+    sizes = {"weights": part(work.model.parameters()), "optimizer": part(x for s in work.optimizer.state.values() for x in s.values() if x.ndim)}
+    return bench.memory(work.model.config, a.frames, a.size, a.group, a.completion, torch.bfloat16, 2, a.checkpointing, 2,
+                        len(prompt.ids) - len(prompt.vision)), sizes, most
+
+
 def worker(world, folder, data, eval_data):
     """What each of 2 or 4 ranks does."""
     steps = {}
@@ -118,6 +143,13 @@ def worker(world, folder, data, eval_data):
 
     if world == 2:
         tied(ranks, folder)
+        text = SMALL_SHAPE["text_config"] | {"num_key_value_heads": 2}
+        bench.SHAPES["small"] = SMALL_SHAPE | {"text_config": text}
+        found = [peaks(ranks, **how) for how in MEMORY]
+        bench.SHAPES["small"] = SMALL_SHAPE | {"text_config": text | {"tie_word_embeddings": False}, "tie_word_embeddings": False}
+        found.append(peaks(ranks, **MEMORY[0]))
+        if ranks.rank == 0:
+            torch.save(found, f"{folder}/memory.pt")
         go("two", rl_steps=2)
         go("bfloat", **BFLOAT)
         go("parts", **BFLOAT | {"rl_steps": 1})
@@ -215,6 +247,17 @@ def test_a_bfloat16_run_samples_what_it_trains_and_goes_on_bit_for_bit(ran):
     gaps = [r["sampler_gap"] for r in a if r["stage"] == "rl"]
     assert 0 < max(gaps) < 0.01
     assert [r["loss"] for r in a if "loss" in r] == pytest.approx([r["loss"] for r in b if "loss" in r], rel=0.01)
+
+
+def test_memory_is_what_a_sharded_step_takes(ran):
+    """Weights and optimizer state to the byte, the most at once within 5%."""
+    found = torch.load(ran.folder / "memory.pt")
+    assert len(found) == 4
+    for computed, sizes, most in found:
+        assert {k: computed[k] for k in sizes} == sizes
+        always = computed["weights"] + computed["optimizer"] + computed["vision"]
+        assert computed["in_rollout"] - always == pytest.approx(most["rollout"], rel=0.05)
+        assert computed["in_training"] - always - computed["gradients"] == pytest.approx(most["training"], rel=0.05)
 
 
 def test_a_model_made_from_nothing_is_sharded_once_its_tower_is_frozen(ran):
