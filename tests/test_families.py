@@ -8,6 +8,7 @@ import copy
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import (AutoModelForImageTextToText, AutoTokenizer, Glm4vConfig, Glm4vForConditionalGeneration, LlamaConfig,
                           Qwen3VLConfig)
@@ -425,6 +427,66 @@ def test_a_checkpoint_goes_through_transformers_and_back(loaded, saved, family, 
     assert again.pixels == model.pixels and vlm.stop_ids(again, words) == vlm.stop_ids(model, tokenizer)
     turn = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Where?"}]}]
     assert AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(turn, tokenize=False) == tokenizer.apply_chat_template(turn, tokenize=False)
+
+
+def as_published(saved, path):
+    """What `model.save` wrote, in the files that the authors of both families publish: one flat config.json of transformers 4, weights
+    in shards, a template inside tokenizer_config.json; Qwen2.5-VL: bounds in pixels, and no file for videos. -> path"""
+    path = shutil.copytree(saved, path)
+
+    def rewrite(name, change):
+        with open(os.path.join(path, name)) as f:
+            content = json.load(f)
+        with open(os.path.join(path, name), "w") as f:
+            json.dump(change(content), f)
+
+    def flat(c):
+        text, see, dtype = c.pop("text_config"), c["vision_config"], c.pop("dtype")
+        rope = text.pop("rope_parameters")
+        kind = "mrope" if c["model_type"] == "qwen2_5_vl" else rope["rope_type"]
+        for part, new in ((text, ("model_type", "layer_types")), (see, ("model_type", "rope_parameters")), (rope, ("rope_type",))):
+            for key in new:
+                part.pop(key, None)
+        see["in_chans"] = see.pop("in_channels")
+        return {**text, **c, "rope_scaling": {"type": kind, "mrope_section": rope.pop("mrope_section")}, **rope, "torch_dtype": dtype}
+
+    def in_pixels(c):
+        size = c.pop("size")
+        return c | {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+
+    weights, shards = load_file(os.path.join(path, "model.safetensors")), {}
+    for n in range(2):
+        part = sorted(weights)[n::2]
+        shards |= dict.fromkeys(part, f"model-{n + 1:05}-of-00002.safetensors")
+        save_file({k: weights[k] for k in part}, os.path.join(path, shards[part[0]]), {"format": "pt"})
+    with open(os.path.join(path, "model.safetensors.index.json"), "w") as f:
+        json.dump({"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": shards}, f)
+    with open(os.path.join(path, "chat_template.jinja")) as f:
+        template = f.read()
+    rewrite("tokenizer_config.json", lambda c: c | {"chat_template": template})
+    rewrite("config.json", flat)
+    if "visual.merger.mlp.0.weight" in weights:
+        rewrite("preprocessor_config.json", in_pixels)
+        os.remove(os.path.join(path, "video_preprocessor_config.json"))
+    for name in ("model.safetensors", "chat_template.jinja"):
+        os.remove(os.path.join(path, name))
+    return str(path)
+
+
+def test_a_checkpoint_as_published_is_the_same_model(loaded, saved, family, tmp_path):
+    """Weights, bounds, ids, positions and log-probs bit for bit; and so again once it is saved."""
+    model, tokenizer = loaded[family]
+    path = as_published(saved[family], tmp_path / "published")
+    with open(os.path.join(path, "config.json")) as f:
+        assert "text_config" not in json.load(f)
+    vlm.save(*vlm.load(path), str(tmp_path / "again"))
+    for theirs, words in (vlm.load(path), vlm.load(str(tmp_path / "again"))):
+        assert theirs.pixels == model.pixels and vlm.stop_ids(theirs, words) == vlm.stop_ids(model, tokenizer)
+        assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in model.state_dict().items())
+        for (ours, _), (prompt, _) in zip(asked(model, tokenizer), asked(theirs, words)):
+            assert torch.equal(ours.ids, prompt.ids) and torch.equal(ours.positions, prompt.positions)
+            banned, answer = vlm.banned_ids(model, tokenizer), [[torch.tensor([3, 4, 5])]]
+            assert torch.equal(vlm.logprobs(model, [ours], answer, banned)[0], vlm.logprobs(theirs, [prompt], answer, banned)[0])
 
 
 def test_glms_preprocessing_files_mean_the_same_to_its_processors(glm, saved):

@@ -19,7 +19,7 @@ import encode
 import model as vlm
 import rollout
 import train
-from test_families import tiny_glm
+from test_families import as_published, tiny_glm
 
 ROOT, ALONE = Path(__file__).parent.parent, encode.Ranks()
 HOW = {"think_budget": 12, "answer_budget": 6}
@@ -221,17 +221,19 @@ def test_positions_are_vllms_own(engine, ours):
 
 @one_family
 def test_tied_embeddings_as_the_3b_has_them(ours, tmp_path):
-    """Its head has no weights of its own, and none may be missed; after an update both sides have the new ones."""
-    vlm.save(*ours, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    """Its head has no weights of its own, and none may be missed; after an update both sides have the new ones. As it is published."""
+    saved = tmp_path / "saved"
+    vlm.save(*ours, saved)
+    config = json.loads((saved / "config.json").read_text())
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    weights = load_file(tmp_path / "model.safetensors")
+    (saved / "config.json").write_text(json.dumps(config))
+    weights = load_file(saved / "model.safetensors")
     del weights["lm_head.weight"]
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    model, tokenizer = vlm.load(str(tmp_path))
+    save_file(weights, saved / "model.safetensors", {"format": "pt"})
+    path = as_published(saved, tmp_path / "published")
+    model, tokenizer = vlm.load(path)
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    engine, prompts = rollout.VLLM(str(tmp_path), model, tokenizer, ALONE, 512), make_prompts(model, tokenizer)
+    engine, prompts = rollout.VLLM(path, model, tokenizer, ALONE, 512), make_prompts(model, tokenizer)
     KEPT.append(engine)
     for _ in range(2):
         groups = rollout.rollout(model, tokenizer, prompts, keys(4, 4), ALONE, engine=engine, **HOW)
