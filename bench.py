@@ -90,8 +90,10 @@ def load(name, device, dtype, seed):
     tiny, tokenizer, pixels = vlm.build_tiny(seed)
     ids = {k: v for k, v in tiny.config.to_dict().items() if k.endswith("_token_id")}
     torch.manual_seed(seed)
+    config = Qwen2_5_VLConfig(**SHAPES[name], **ids)
+    config.text_config.max_position_embeddings = 1 << 20   # random weights were made for no length
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(Qwen2_5_VLConfig(**SHAPES[name], **ids), dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.set_attn_implementation(vlm.ATTENTION)
     model.generation_config, model.pixels = tiny.generation_config, pixels
     return model.eval(), tokenizer
