@@ -48,7 +48,7 @@ def measure(name, dtype, frames, engine):
     group = train.Group(0, None, prompt, answers, None, 1.0 - 2.0 * (torch.arange(G) % 2))
     weighted, m = gradient(model, group, banned, True)
     plain, _ = gradient(model, group, banned, False)
-    exact = vlm.load(name, ALONE.device)[0]                             # float32, of the weights as they were rounded
+    exact = vlm.load(name, ALONE.device)[0]                # float32, of the weights as they were rounded
     exact.load_state_dict(model.state_dict())
     exact.model.visual.requires_grad_(False)
     true, _ = gradient(exact, replace(group, prompt=replace(prompt, vision=prompt.vision.float())), banned, False)
