@@ -307,6 +307,7 @@ def one_rank(rank, a, port, results):
             results.put(row)
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
         results.put(str(e))
+        os._exit(1)                                        # as train.py does
     rollout.leave()
 
 
@@ -317,8 +318,11 @@ def run_row(a):
     results = mp.get_context("spawn").SimpleQueue()
     try:
         mp.spawn(one_rank, (a, port, results), nprocs=a.sp)
-    except mp.ProcessExitedException as e:                 # killed: memory, most likely
-        raise ValueError(f"{a.variant} on {a.frames} frames, sp = {a.sp}: {e}") from e
+    except (mp.ProcessExitedException, mp.ProcessRaisedException) as e:
+        if results.empty():                                # none could say why: a bug, or killed, for memory most likely
+            if isinstance(e, mp.ProcessRaisedException):
+                raise
+            raise ValueError(f"{a.variant} on {a.frames} frames, sp = {a.sp}: {e}") from e
     if isinstance(row := results.get(), str):
         raise ValueError(row)
     return row
@@ -356,7 +360,11 @@ def plot(rows, path):
         axis.plot(x, y, "--" if p["cache"] == "warm" else "-", marker="os^v"[min(p["sp"], 4) - 1],
                   color=f"C{VARIANTS.index(p['variant'])}", label=label)
     axis.set(title=f"one GRPO step, {r['size']} x {r['size']} pixels, {r['group']} completions of {r['completion']} tokens",
-             xlabel="frames", ylabel="seconds a step", xticks=x, ylim=(0, None))
+             xlabel="frames", ylabel="seconds a step", xscale="log", yscale="log")
+    frames = sorted({row["frames"] for row in rows})
+    axis.set_xticks(frames, frames)
+    axis.tick_params(axis="x", which="minor", length=0, labelbottom=False)
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.legend(frameon=False, fontsize=8)
     axis.figure.savefig(path, dpi=120)
 
@@ -364,6 +372,9 @@ def plot(rows, path):
 def parse(arguments):
     """--key=value arguments over SETTINGS. Raises ValueError, in one sentence, for what cannot be run."""
     a = SimpleNamespace(**SETTINGS)
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__ + "\n" + "\n".join(f"  --{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in SETTINGS.items()))
+        sys.exit()
     for argument in arguments:
         key, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals or key not in SETTINGS:
@@ -382,6 +393,8 @@ def parse(arguments):
             raise ValueError(f"--{key} must be at least {int(key != 'warmup')}")
     if a.compile and "shared+sp" in a.variant and max(a.sp) > 1:
         raise ValueError("--compile=1 and --variant=shared+sp do not go together; name other variants")
+    if a.memory and a.memory not in (*SHAPES, "9b", "tiny") and not os.path.isdir(a.memory):
+        raise ValueError(f"--memory={a.memory}: it is {', '.join(SHAPES)}, 9b, tiny or a checkpoint directory")
     if any(a.group % sp for sp in a.sp):
         raise ValueError(f"--group={a.group} is not divisible by every --sp: each rank samples its share")
     if not a.memory and 0 < torch.cuda.device_count() < max(a.sp):

@@ -91,7 +91,7 @@ class Ranks:
     group: object = None       # the process group of my sp ranks; None without torchrun
 
 
-PATIENCE = timedelta(minutes=10)    # how long a rank waits for one that says nothing; one that dies is noticed at once, if its system lives
+PATIENCE = timedelta(minutes=30)    # how long a rank waits for one that says nothing: it may be writing a large checkpoint
 
 
 def start(sp=0, same={}):
@@ -107,7 +107,7 @@ def start(sp=0, same={}):
         gpus = torch.cuda.device_count()
         short = f"{beside} ranks on a machine of {gpus} GPUs, give --nproc_per_node={gpus}" if cuda and gpus < beside else ""
         store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
-        meet(store, rank, world, {"sp": sp, "backend": backend, **versions(), **same}, short)
+        meet(store, rank, world, {**same, "sp": sp, "backend": backend, **versions()}, short)
         if cuda:
             torch.cuda.set_device(device)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
@@ -141,7 +141,7 @@ def meet(store, rank, world, facts, wrong=""):
         except dist.DistStoreError:
             raise ValueError(f"rank {r} did not start within {PATIENCE}: see what its machine says") from None
     wrong = sorted({text for _, text in every if text})
-    for name in facts:
+    for name in dict.fromkeys(name for theirs, _ in every for name in theirs):
         said = {}                                          # value: who has it
         for r, (theirs, _) in enumerate(every):
             said.setdefault(str(theirs.get(name)), []).append(str(r))
@@ -178,14 +178,17 @@ def led(work, ranks):
 # ---------------------------------------------------------------------------------------------------------------------
 # stage 1
 
-def spans(t, ranks, group=64):
+AT_ONCE = 64                   # temporal patches that go through the tower at once
+
+
+def spans(t, ranks, group=AT_ONCE):
     """The temporal patches (lo, hi) of t that a rank encodes, at most `group` at once, in order."""
     lo, hi = shard(t, ranks.sp_rank, ranks.sp)
     return [(first, min(first + group, hi)) for first in range(lo, hi, group)]
 
 
 @torch.no_grad()
-def encode(tower, open_patches, ranks, group=64):
+def encode(tower, open_patches, ranks, group=AT_ONCE):
     """One video through the tower, its frames shared out over the sp ranks. -> (vision [V,D], (t,h,w)) on every rank.
 
     tower: the vision tower; open_patches() -> ((t,h,w), merge, read), where read(lo, hi) gives the patches of temporal
@@ -229,10 +232,10 @@ def sha256(text, *tensors):
 class Cache:
     """Vision tokens by the content of the video: every frame goes through the tower once in a run, restarts included.
 
-    In memory, on the ranks' devices, the least recently used go first when `most` bytes are reached (the last one used
-    stays, however large). With a folder also on disk: a file an entry, never deleted by us, for any number of ranks and
-    runs at once. Nobody encodes what another is encoding: a lock on a file beside the entry is held meanwhile. The
-    system takes it from a process that dies.
+    In the host's memory, so that a step of hundreds of videos takes no more of a GPU than one; the least recently used go first
+    when `most` bytes are reached (the last one used stays, however large). With a folder also on disk: a file an entry, never
+    deleted by us, for any number of ranks and runs at once. Nobody encodes what another is encoding: a lock on a file beside
+    the entry is held meanwhile. The system takes it from a process that dies.
     """
 
     def __init__(self, most=4 << 30, folder="", say=print):
@@ -263,15 +266,15 @@ class Cache:
         return key in self.kept or bool(self.folder) and os.path.exists(self.path(key))
 
     def get(self, key, make, ranks=Ranks()):
-        """What make() -> (vision [V,D], (t,h,w), seconds) returned for this key: earlier, in another run, or now.
+        """What make() -> (vision [V,D], (t,h,w), seconds) returned for this key: earlier, in another run, or now. vision on the CPU.
 
         All sp ranks call this alike, with one key: then memory holds the same on each, and sp_rank 0 decides for the disk.
         What make raises passes through; nothing is kept of it. A damaged entry, or a disk that is full, costs a line
         and the work of make, never the run.
         """
         if key not in self.kept:
-            entry = self.through_disk(key, make, ranks) if self.folder else make()
-            self.kept[key] = entry
+            vision, *about = self.through_disk(key, make, ranks) if self.folder else make()
+            entry = self.kept[key] = (vision.cpu(), *about)
             self.bytes += entry[0].nbytes
             while self.bytes > self.most and len(self.kept) > 1:
                 self.bytes -= self.kept.popitem(last=False)[1][0].nbytes
@@ -293,7 +296,7 @@ class Cache:
 
             entry = led(look, ranks)
             if entry:
-                return entry[0].to(ranks.device), *entry[1:]
+                return entry
             entry = make()
             if ranks.sp_rank == 0:
                 self.write(key, *entry)

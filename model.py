@@ -21,6 +21,7 @@ from functools import wraps
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -48,7 +49,7 @@ class Prompt:
     """What the language model reads before it answers. P ids, V vision tokens of D features."""
     ids: torch.Tensor        # [P] long, vision pads already expanded
     positions: torch.Tensor  # [3, P] long, M-RoPE: time, height, width
-    vision: torch.Tensor     # [V, D] gathered vision tokens; no gradient, but where the tower itself trains
+    vision: torch.Tensor     # [V, D] gathered vision tokens, from the cache on the CPU; a gradient only where the tower itself trains
     grids: list              # (t, h, w) in patches of each run of vision tokens: one; GLM-4.1V: one a temporal patch
     seconds: float = 0.0     # between two temporal patches
     key: str = ""            # what the cache calls the video
@@ -72,22 +73,25 @@ class Pixels:
 
 def read_pixels(name, together=False):
     """The `Pixels` of a checkpoint directory or hub name; together: the bounds in its files are of a whole video (GLM-4.1V).
-    Raises ValueError where it has no preprocessing file."""
+    Raises ValueError where it has no preprocessing file, or a damaged one."""
     for file in ("video_preprocessor_config.json", "processor_config.json", "preprocessor_config.json"):
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
         if path is None:
             continue
-        with open(path) as f:
-            c = json.load(f)
-        c = c.get("video_processor", c)
-        if "image_mean" not in c:
-            continue
-        size = c.get("size") or {}
-        shared = c["image_mean"], c["image_std"], c["patch_size"], c["temporal_patch_size"], c["merge_size"]
-        if together:                                       # the defaults are transformers'; max_frame_pixels is ours: see save
-            least, most = size.get("shortest_edge", 112 * 112), size.get("longest_edge", 28 * 28 * 2 * 30000)
-            return Pixels(*shared, 0, c.get("max_frame_pixels", most), (least, most))
-        return Pixels(*shared, c.get("min_pixels") or size["shortest_edge"], c.get("max_pixels") or size["longest_edge"])
+        try:
+            with open(path) as f:
+                c = json.load(f)
+            c = c.get("video_processor", c)
+            if "image_mean" not in c:
+                continue
+            size = c.get("size") or {}
+            shared = c["image_mean"], c["image_std"], c["patch_size"], c["temporal_patch_size"], c["merge_size"]
+            if together:                                   # the defaults are transformers'; max_frame_pixels is ours: see save
+                least, most = size.get("shortest_edge", 112 * 112), size.get("longest_edge", 28 * 28 * 2 * 30000)
+                return Pixels(*shared, 0, c.get("max_frame_pixels", most), (least, most))
+            return Pixels(*shared, c.get("min_pixels") or size["shortest_edge"], c.get("max_pixels") or size["longest_edge"])
+        except (KeyError, json.JSONDecodeError) as e:
+            raise ValueError(f"{path}: " + (f"it has no {e}" if isinstance(e, KeyError) else f"damaged ({e})")) from e
     raise ValueError(f"{name} has no video_preprocessor_config.json, processor_config.json or "
                      "preprocessor_config.json with image_mean in it; copy the one its authors publish")
 
@@ -283,7 +287,7 @@ def splice(model, ids, visions, columns=slice(None)):
     """Text embeddings with the vision tokens in the pads' places. ids: long [B,S]; visions: a [V,D] each;
     columns: long [s], the places of the sequence that are wanted: those that one rank holds. -> [B,s,D]
     """
-    pads, vision = ids == vision_pad(model.config), torch.cat(list(visions))
+    pads, vision = ids == vision_pad(model.config), torch.cat(list(visions)).to(ids.device)
     if int(pads.sum()) != len(vision):
         raise ValueError(f"{int(pads.sum())} vision pads in the sequence but {len(vision)} vision tokens")
     row = pads.flatten().cumsum(0).view_as(pads) - 1                           # [B, S], which vision token a pad stands for
@@ -359,19 +363,23 @@ class Packed:
         P = self.P
         out = [F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True, scale=scale,
                                               enable_gqa=True)]                # pads stand last: none is seen
-        out += [F.scaled_dot_product_attention(q[:, :, lo:hi], k[:, :, :hi], v[:, :, :hi], attn_mask=mask, scale=scale,
-                                               enable_gqa=True) for lo, hi, mask in self.chunks]
+        R = q.shape[1] // k.shape[1]                                           # query heads that share a key-value head
+        for lo, hi, mask in self.chunks:                   # GPU kernels that take a mask want as many kv heads as heads: one at a time,
+            out.append(torch.cat([F.scaled_dot_product_attention(              # as R that are one in memory
+                mine, *(x[:, n, None, :hi].expand(-1, R, -1, -1) for x in (k, v)), attn_mask=mask, scale=scale)
+                for n, mine in enumerate(q[:, :, lo:hi].split(R, dim=1))], dim=1))             # [B, heads, hi-lo, d]
         return torch.cat(out, dim=2)                                           # [B, heads, P+C, d]
 
 
-def pad_prefixes(prompts, ranks=encode.Ranks()):
+def pad_prefixes(prompts, device, ranks=encode.Ranks()):
     """B prompts, padded on the right, and so that every sp rank can hold as many places of each.
-    -> ids [B,P] (pads are 0), positions [3,B,P], lengths [B], all long."""
+    -> ids [B,P] (pads are 0), positions [3,B,P], lengths [B], where each completion's positions start [B], all long, on device."""
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad([p.ids for p in prompts], batch_first=True)                      # [B, P]
     positions = pad([p.positions.T for p in prompts], batch_first=True).permute(2, 0, 1)           # [3, B, P]
     ids, positions = (F.pad(x, (0, -x.shape[-1] % ranks.sp)) for x in (ids, positions))
-    return ids, positions, torch.tensor([len(p.ids) for p in prompts], device=ids.device)
+    lengths, first = torch.tensor([(len(p.ids), int(p.positions.max()) + 1) for p in prompts]).T   # [B] each
+    return tuple(x.to(device) for x in (ids, positions, lengths, first))
 
 
 def forward(model, layout, ids, positions, visions, prefix, ranks):
@@ -422,8 +430,8 @@ def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=encode.
     Returns (logprobs [N,L], entropy [N,L] without gradient), float32, N = all completions in order, 0 beyond their end.
     """
     pad = torch.nn.utils.rnn.pad_sequence
-    ids, positions, lengths = pad_prefixes(prompts, ranks)
-    device = ids.device
+    device = model.device
+    ids, positions, lengths, first = pad_prefixes(prompts, device, ranks)      # [B, P], [3, B, P], [B], [B]
 
     # A completion's last token is predicted but never read: it stays out of the sequence.
     inputs = pad([torch.cat([c[:-1] for c in group]) for group in completions], batch_first=True).to(device)       # [B, C]
@@ -431,7 +439,6 @@ def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=encode.
                 batch_first=True, padding_value=-1).to(device)                 # [B, C], which completion a place is of
     steps = pad([torch.cat([torch.arange(len(c) - 1) for c in group]) for group in completions], batch_first=True).to(device)
     inputs, steps, owner = (F.pad(x, (0, -x.shape[1] % ranks.sp), value=fill) for x, fill in ((inputs, 0), (steps, 0), (owner, -1)))
-    first = torch.stack([p.positions.max() + 1 for p in prompts])              # [B], where every completion starts
     positions = torch.cat([positions, (first[:, None] + steps).expand(3, -1, -1)], dim=2)                          # [3, B, P+C]
     P = ids.shape[1]
     hidden, place = forward(model, Packed(lengths, owner, model.dtype, P), torch.cat([ids, inputs], dim=1), positions,
@@ -534,20 +541,21 @@ def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
         if local and not os.path.exists(os.path.join(name, "config.json")):
             raise ValueError(f"{name} is no checkpoint: it has no config.json")
         try:
-            config = AutoConfig.from_pretrained(name)
-            if config.model_type not in FAMILIES:
-                why = ("; its tower adds features to several layers of the language model (deepstack), and what is cached, gathered "
-                       "and sharded here is one vector a vision token" if config.model_type.startswith("qwen3_vl") else "")
-                raise ValueError(f"{name} is a {config.model_type} model; this code reads {' and '.join(FAMILIES)} checkpoints{why}")
-            model, info = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True,
-                                                                      ignore_mismatched_sizes=True)
-            tokenizer, pixels = AutoTokenizer.from_pretrained(name), read_pixels(name, config.model_type == "glm4v")
-        except SafetensorError as e:
-            raise ValueError(f"{name}: damaged weights ({e})") from e
-        except OSError as e:                               # transformers' own line does not name the checkpoint, and is several
-            where = name if os.path.isdir(name) else (f"{name} is no directory here and did not come from the hub: see whether the "
-                                                      "name is right and the network there, or give the directory of a copy")
-            raise OSError(f"{where}. transformers said: {' '.join(str(e).split())}") from e
+            kind = AutoConfig.from_pretrained(name).model_type
+            if kind in FAMILIES:
+                model, info = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True,
+                                                                          ignore_mismatched_sizes=True)
+                tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError, SafetensorError) as e:
+            what = (f"{name} has a file that is missing, damaged or of another kind" if os.path.isdir(name) else
+                    f"{name} is no directory here and did not come from the hub: see whether the name is right and the network there, "
+                    "or give the directory of a copy")
+            raise ValueError(f"{what}. transformers said: {type(e).__name__}: {' '.join(str(e).split())[:500]}") from e
+        if kind not in FAMILIES:
+            why = ("; its tower adds features to several layers of the language model (deepstack), and what is cached, gathered and "
+                   "sharded here is one vector a vision token" if kind.startswith("qwen3_vl") else "")
+            raise ValueError(f"{name} is a {kind} model; this code reads {' and '.join(FAMILIES)} checkpoints{why}")
+        pixels = read_pixels(name, kind == "glm4v")
         wrong = [str(k) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in sorted(info[key])]
         if wrong:
             raise ValueError(f"{name}: tensors missing, not expected or of another shape: {', '.join(wrong[:5])} ({len(wrong)} in all)")

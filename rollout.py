@@ -112,7 +112,7 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     thinking would end before so many tokens, WAIT is written instead (the budget forcing of s1, arXiv 2501.19393), also not
     sampled; ranks: their sp ranks share the prefill of these prompts.
     """
-    N, G, device = len(prompts), len(keys[0]), prompts[0].ids.device
+    N, G, device = len(prompts), len(keys[0]), model.device
     banned = vlm.banned_ids(model, tokenizer) if banned is None else banned
     stops = set(vlm.stop_ids(model, tokenizer))
     forced_ids, wait_ids = (tokenizer(text or "", add_special_tokens=False).input_ids for text in (forced, WAIT))
@@ -124,7 +124,7 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
 
     uniform = None if greedy else torch.tensor(np.stack([stream(*key).random(most) for row in keys for key in row]), device=device)
 
-    ids, positions, lengths = vlm.pad_prefixes(prompts, ranks)                 # [N, P], [3, N, P], [N]
+    ids, positions, lengths, first = vlm.pad_prefixes(prompts, device, ranks)  # [N, P], [3, N, P], [N], [N]
     P = ids.shape[1]
     layout = SharedPrefix(lengths, P, G, most, model.config.text_config.num_key_value_heads, ranks)
     hidden, place = vlm.forward(model, layout, ids, positions, [p.vision for p in prompts], P, ranks)          # [N, P/sp, D], [P]
@@ -133,7 +133,7 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     if ranks.sp > 1:
         hidden = encode.sum_forward(hidden, ranks)
     hidden = hidden.repeat_interleave(G, 0)                                    # [N*G, D]
-    first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(G)             # [N*G]
+    first = first.repeat_interleave(G)                     # [N*G], where completions start
 
     @dataclass
     class Row:
@@ -239,6 +239,7 @@ class VLLM:
         on_cpu = {"enable_chunked_prefill": False, "block_size": 32}
         # GLM-4.1V's attention always has biases; vLLM asks a key that a config need not have, and else drops them in silence.
         biases = {"hf_overrides": {"text_config": {"attention_bias": True}}} if self.kind == "image" else {}
+        torch.cuda.empty_cache()                           # see load
         try:
             self.llm = vllm.LLM(
                 name, dtype=str(model.dtype).removeprefix("torch."), max_model_len=length, logprobs_mode="processed_logprobs", seed=0,
@@ -268,6 +269,7 @@ class VLLM:
     def load(self, model):
         """The model's weights as they are now; keys and values of older ones are dropped."""
         if self.cuda and self.version is not None:
+            torch.cuda.empty_cache()                       # what training freed, torch keeps: vLLM takes from the driver
             self.llm.wake_up()
         version = sum(p._version for p in model.parameters())
         if version != self.version:
@@ -380,6 +382,7 @@ def main():
     args.add_argument("--think_budget", type=int, default=512, help="tokens, then an answer is forced")
     args.add_argument("--think_least", type=int, default=0, help="tokens; a thought that ends before them goes on after a forced \"Wait,\"")
     args.add_argument("--answer_budget", type=int, default=64)
+    args.add_argument("--dtype", default="", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     args.add_argument("--sample", type=int, default=-1, metavar="SEED", help="sample with this seed instead of greedily")
     args = args.parse_args()
     question = args.question
@@ -391,7 +394,8 @@ def main():
         if getattr(args, name) < least:
             raise ValueError(f"--{name}={getattr(args, name)} must be at least {least}")
     ranks = encode.start(1)
-    model, tokenizer = vlm.load(args.model, ranks.device, max_pixels=args.max_pixels)
+    dtype = args.dtype or ("float32" if ranks.device == "cpu" else "bfloat16")
+    model, tokenizer = vlm.load(args.model, ranks.device, getattr(torch, dtype), args.max_pixels)
     vision, grid, seconds = vlm.encode_video(model, lambda: data.open_video(args.video, args.frames), ranks)
     prompt = vlm.make_prompt(model, tokenizer, question, vision, grid, seconds)
     how = limits(args.think_budget, args.answer_budget, think_least=args.think_least)
@@ -402,6 +406,8 @@ def main():
     notes = [note for note, is_so in (("thinking budget ran out: answer forced", completion.forced),
                                       ("answer budget ran out", completion.truncated)) if is_so]
     print(f"\n\n{len(completion.tokens)} tokens" + "".join(f"; {note}" for note in notes))
+    if not args.question:
+        print(f"right: {data.toy_sample(data.toy_name(args.video)[0]).answer}")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,12 @@ cold start (it learns to write its thinking down, from a teacher), RL (its own a
 Started again with the same out_dir, a run goes on where it stopped.
 """
 import difflib
+import gc
+import inspect
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -63,7 +66,7 @@ import grpo
 import model as vlm
 import rewards
 from curriculum import Curriculum, balanced, grade_line, has_signal, read_grades
-from rollout import VLLM, Completion, import_vllm, leave, limits, rollout, room
+from rollout import VLLM, import_vllm, leave, limits, rollout, room
 
 
 @dataclass
@@ -74,7 +77,7 @@ class Config:
     eval_data: str = ""            # likewise; empty: the part of data whose videos are held out by a hash
     video_dir: str = ""            # where relative video paths begin; empty: beside the data file
     cache_dir: str = ""            # vision tokens on disk, for other runs and restarts; empty: in memory alone
-    cache_gb: float = 4.0          # of vision tokens in each rank's memory
+    cache_gb: float = 4.0          # of vision tokens that each rank keeps in its machine's memory
     out_dir: str = "out"           # checkpoints, metrics.jsonl, curves.png; a run found here goes on
     mode: str = "train"            # "train"; "eval": greedy accuracy and pass@k of `model`, one JSON line last; or "grade": how many
                                    # of group_size answers of `model` are right, for each sample of data, to out_dir/grades.jsonl
@@ -86,7 +89,7 @@ class Config:
     checkpointing: bool = False    # decoder layers computed again in the backward: a tenth of the memory, a fifth more time
     compile: bool = False          # decoder layers through torch.compile in training: a minute once, then a fifth less memory
     dtype: str = "float32"         # of weights and activations; "bfloat16" on GPUs
-    max_tokens: int = 16384        # the most positions in one forward, padding included; lower it if memory runs out
+    max_tokens: int = 16384        # the most positions in one forward, padding included, but for a group that alone has more
     # the video
     frames: int = 32               # a video, evenly spaced in time; fewer where the file has fewer
     max_pixels: int = 0            # of a frame, after resizing; 0: the checkpoint's own bound
@@ -141,6 +144,9 @@ MACHINE = {"video_dir", "cache_dir", "cache_gb", "out_dir", "vllm_memory"}      
 def parse(arguments):
     """--key=value arguments over the block above. Unknown keys and wrong types raise ValueError. -> Config"""
     kinds = {f.name: f.type for f in fields(Config)}
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__ + "\n" + inspect.getsource(Config))
+        sys.exit()
     chosen = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
@@ -342,6 +348,15 @@ def gather(x, ranks):
     return every
 
 
+def merged(x, ranks):
+    """The dicts of all ranks as one."""
+    return {key: value for part in gather(x, ranks) for key, value in part.items()}
+
+
+def mean(xs):
+    return sum(xs) / len(xs) if xs else 0.0
+
+
 def evened(batches, model, ranks):
     """Micro-batches as a list. Sharded parameters are gathered by all ranks at once: then each rank has as many micro-batches as the
     one with the most, the last of them empty, for `idle`."""
@@ -378,7 +393,7 @@ def update(model, optimizer, lr, ranks):
             p.grad = torch.zeros_like(p)
     if ranks.world > 1 and not isinstance(model, FSDPModule):          # a few large messages: many small ones cost more than the sums
         for bucket in micro_batches([p.grad for p in parameters], lambda g: g.numel(), 1 << 24, padded=False):
-            flat = torch.cat([g.flatten() for g in bucket])
+            flat = torch.cat([g.flatten() for g in bucket]).float()            # bfloat16 would round at every rank
             dist.all_reduce(flat)
             for g, summed in zip(bucket, flat.split([g.numel() for g in bucket])):
                 g.copy_(summed.view_as(g))
@@ -444,25 +459,25 @@ def move(groups, goes, ranks):
     group. -> the groups that this rank trains on, in order of slot
     """
     here, mine, parts = {g.slot: g for g in groups}, [], []
-    tensors = lambda prompt: {k: x.contiguous() for k, x in vars(prompt).items() if isinstance(x, torch.Tensor)}
+    tensors = lambda prompt, device: {k: x.to(device).contiguous() for k, x in vars(prompt).items() if isinstance(x, torch.Tensor)}
     for slot, to in sorted(goes.items()):                  # the same order everywhere: no ring of ranks that wait for one another
         home = slot % ranks.dp
         if home == to == ranks.dp_rank:
             mine.append(here[slot])
         elif home == ranks.dp_rank:                        # the prompt's tensors, gigabytes it may be, go as they are; the rest as an object
-            peer, g, sent = to * ranks.sp + ranks.sp_rank, here[slot], tensors(here[slot].prompt)
-            hollow = replace(g.prompt, **{k: x.to("meta") for k, x in sent.items()})           # their shapes and types alone
+            peer, g, sent = to * ranks.sp + ranks.sp_rank, here[slot], tensors(here[slot].prompt, ranks.device)
+            hollow = replace(g.prompt, **tensors(g.prompt, "meta"))            # their shapes and types alone
             dist.send_object_list([replace(g, prompt=hollow)], peer, use_batch=True)
             parts += [dist.P2POp(dist.isend, x, peer) for x in sent.values()]
         elif to == ranks.dp_rank:
             peer, box = home * ranks.sp + ranks.sp_rank, [None]
             dist.recv_object_list(box, peer, use_batch=True)
-            got = {k: torch.empty_like(x, device=ranks.device) for k, x in tensors(box[0].prompt).items()}
+            got = {k: torch.empty_like(x, device=ranks.device) for k, x in tensors(box[0].prompt, "meta").items()}
             parts += [dist.P2POp(dist.irecv, x, peer) for x in got.values()]
             mine.append(replace(box[0], prompt=replace(box[0].prompt, **got)))
     for work in dist.batch_isend_irecv(parts) if parts else ():
         work.wait()
-    return mine
+    return [replace(g, prompt=replace(g.prompt, **tensors(g.prompt, "cpu"))) for g in mine]
 
 
 def check_gap(gap, c):
@@ -553,10 +568,9 @@ def evaluate(model, tokenizer, samples, c, ranks, cache, engine=None, k=0, grade
         first, *others = verified
         rows.append((s.id, s.domain, first.accuracy, first.format, x.forced, x.truncated, len(x.tokens), [o.accuracy for o in others]))
     rows = [row for part in gather(rows, ranks) for row in part]
-    lost = {id: why for part in gather(dropped, ranks) for id, why in part.items()}
+    lost = merged(dropped, ranks)
     if not rows:
         return {"samples": 0, "dropped": len(lost), "why": next(iter(lost.values()), "no samples are held out")}
-    mean = lambda xs: sum(xs) / len(xs) if xs else 0.0
     result = {"samples": len(rows), "dropped": len(lost), "frames": c.frames, "think_budget": c.think_budget, "think_least": think_least,
               **{name: mean([float(r[n]) for r in rows]) for n, name in
                  ((2, "accuracy"), (3, "format"), (4, "forced"), (5, "truncated"), (6, "length"))},
@@ -633,7 +647,7 @@ def grade(model, tokenizer, samples, c, ranks, cache, engine, say):
         verified = encode.led(lambda: [verify(s, xs, c) for (s, _), xs in zip(made, answers)], ranks)
         dropped |= {s.id: why for (s, _), why in zip(made, verified) if isinstance(why, str)}
         right = {s.id: sum(x.accuracy for x in graded) for (s, _), graded in zip(made, verified) if not isinstance(graded, str)}
-        right, dropped = ({id: x for one in gather(mine, ranks) for id, x in one.items()} for mine in (right, dropped))
+        right, dropped = merged(right, ranks), merged(dropped, ranks)
         for id, why in dropped.items():
             say(f"not graded {id}: {why}")
         lost += len(dropped)
@@ -651,8 +665,11 @@ def grade(model, tokenizer, samples, c, ranks, cache, engine, say):
 # checkpoints
 
 def newest(out_dir):
-    """The directory of the newest whole checkpoint in out_dir, or None."""
+    """The directory of the newest whole checkpoint in out_dir, or None. Raises ValueError where it is gone."""
     link = os.path.join(out_dir, "model")
+    if os.path.lexists(link) and not os.path.exists(link):
+        raise ValueError(f"{link} leads to a checkpoint that is gone, {os.path.realpath(link)}: point it to an older ckpt-N, or remove it "
+                         "to begin anew")
     return os.path.realpath(link) if os.path.exists(link) else None
 
 
@@ -718,6 +735,10 @@ def main(c):
     samples = data.load(c.data, c.video_dir)
     train, held = (samples, data.load(c.eval_data, c.video_dir)) if c.eval_data else data.split(samples)
     graded = (held if c.mode == "eval" else train) if c.eval_data else held + train            # what grades are of
+    if c.mode == "train" and not train:
+        raise ValueError(f"{c.data}: all {len(samples)} samples are held out, by a hash of their videos' names, and none is left to train on: "
+                         "give more videos, or --eval_data, and none is held out")
+    say(f"{len(train)} samples to train on, {len(held)} held out")
     held = held[:c.eval_samples]
     if not held:
         say("no sample is held out: nothing will be evaluated (give --eval_data, or more videos)")
@@ -745,13 +766,14 @@ def main(c):
     if c.mode == "eval":
         model, tokenizer = load(c.model)
         engine = start_engine(c, c.model, model, tokenizer, ranks)
-        if sweep(c):
+        others = sweep(c)
+        if others:
             os.makedirs(c.out_dir, exist_ok=True)
         result = evaluate(model, tokenizer, held, c, ranks, cache, engine, c.pass_k or c.group_size, grades)
         if not result["samples"]:
             raise ValueError(f"no sample could be evaluated: {result['why']}")
         rows = [evaluate(model, tokenizer, held, replace(c, frames=frames, think_budget=most), ranks, cache, engine, think_least=least)
-                for frames, least, most in tqdm(sweep(c), desc="eval", disable=ranks.rank != 0 or not sweep(c))]
+                for frames, least, most in tqdm(others, desc="eval", disable=ranks.rank != 0 or not others)]
         if ranks.rank == 0:
             print(eval_table(result, rows))
             if rows:
@@ -772,7 +794,12 @@ def main(c):
         raise ValueError(f"not all ranks find the same checkpoint in {c.out_dir}: several machines need one that they share")
     state = {"step": 0, "previous": 0, "lines": 0, "done": {"align": 0, "sft": 0, "rl": 0}, "config": asdict(c)}
     if found:
-        state = torch.load(os.path.join(found, "training_state.pt"), weights_only=False, map_location="cpu", mmap=sharded)
+        path = os.path.join(found, "training_state.pt")
+        try:
+            state = torch.load(path, weights_only=False, map_location="cpu", mmap=sharded)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            raise ValueError(f"{path}: damaged ({' '.join(str(e).split())[:200]}). Point the link {c.out_dir}/model to an older ckpt-N, or "
+                             "choose another --out_dir") from e
         check_same_run(c, state["config"], found)
         say(f"going on from {found}: {', '.join(f'{n} {stage} steps' for stage, n in state['done'].items())} done")
     model, tokenizer = load(found or c.model)
@@ -804,11 +831,11 @@ def main(c):
         state["done"][stage] = step
         state["previous"], state["step"] = state["step"], sum(state["done"].values())
         copies = [] if c.dtype == "float32" else optimizer.param_groups[0]["params"]
-        state.update(optimizer=optimizer.state_dict(), copies=copies, curriculum=curriculum.state_dict(), stage=stage)
-        whole, weights, error = state, None, None
+        whole = {**state, "optimizer": optimizer.state_dict(), "copies": copies, "curriculum": curriculum.state_dict(), "stage": stage}
+        weights, error = None, None
         if isinstance(model, FSDPModule):                  # as without it, on rank 0's CPU; gathered one tensor at a time
             keeps = lambda x: x.cpu() if ranks.rank == 0 else None
-            whole = tree_map_only(DTensor, lambda x: keeps(x.full_tensor()), state)
+            whole = tree_map_only(DTensor, lambda x: keeps(x.full_tensor()), whole)
             weights = {name: keeps(w) for name, w in vlm.weights(model)}
         if ranks.rank == 0:
             draw_curves(lines, os.path.join(c.out_dir, "curves.png"))
@@ -822,7 +849,7 @@ def main(c):
 
     def drop(curriculum, dropped):
         """Samples that cannot be used are named, counted, and not drawn again."""
-        for id, why in {id: why for part in gather(dropped, ranks) for id, why in part.items()}.items():
+        for id, why in merged(dropped, ranks).items():
             if id not in curriculum.dropped:
                 curriculum.drop(id, why)
                 say(f"dropped {id}: {why} ({len(curriculum.dropped)} dropped so far)")
@@ -837,13 +864,13 @@ def main(c):
         optimizer = make_optimizer(model, lr)
         curriculum = Curriculum(ids, f"{c.seed} {stage}", *((grades, c.tiers) if stage == "rl" else ()))
         if state["done"][stage]:
-            [group], saved = optimizer.param_groups, state["optimizer"]
+            [group], saved = optimizer.param_groups, state.pop("optimizer")            # not kept beside the optimizer's own
             moments = {i: {k: like(x, group["params"][i]) for k, x in of.items()} for i, of in saved["state"].items()}
             optimizer.load_state_dict(saved | {"state": moments})
             with torch.no_grad():
-                for copy, kept in zip(group["params"], state["copies"]):
+                for copy, kept in zip(group["params"], state.pop("copies")):
                     copy.copy_(like(kept, copy))
-            curriculum.load_state_dict(state["curriculum"])
+            curriculum.load_state_dict(state.pop("curriculum"))
         bar = tqdm(total=steps, initial=state["done"][stage], desc=stage, disable=ranks.rank != 0, dynamic_ncols=True)
         return optimizer, curriculum, bar, range(state["done"][stage], steps)
 
@@ -916,6 +943,7 @@ def main(c):
     started = begin("rl", c.rl_steps, c.lr, list(by_id), "no training sample is left")
     if started:
         optimizer, curriculum, bar, todo = started
+        gc.collect()                                       # matplotlib leaves frames behind that hold the cold start's optimizer
         if c.rollout == "vllm" and made and not found and not any(state["done"].values()):
             keep("rl", 0, optimizer, curriculum)           # vLLM starts from a directory
         engine = start_engine(c, newest(c.out_dir) or c.model, model, tokenizer, ranks)
@@ -966,7 +994,7 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
         verified = encode.led(lambda: [verify(s, xs, c) for (s, _), xs in zip(made, answers)], ranks)
     groups, stats = [], {}
     unscored = {s.id: why for (s, _), why in zip(made, verified) if isinstance(why, str)}          # of this step: next time it may go well
-    unscored = {id: why for part in gather(unscored, ranks) for id, why in part.items()}
+    unscored = merged(unscored, ranks)
     for id, why in unscored.items():
         say(f"RL {step + 1}: not graded {id}: {why}")
     for i, (sample, prompt), xs, graded in zip(slots, made, answers, verified):
@@ -976,7 +1004,7 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
         stats[i] = [{"reward": g.total, "accuracy": g.accuracy, "format": g.format, "length": len(x.tokens), "forced": x.forced,
                      "truncated": x.truncated, "sampled": int(x.sampled.sum()), "answer": rewards.extract_answer(x.text),
                      "prefix": len(prompt.ids)} for g, x in zip(graded, xs)]
-    stats = {i: rows for part in gather(stats, ranks) for i, rows in part.items()}             # of all dp groups
+    stats = merged(stats, ranks)                           # of all dp groups
     accuracies = {i: [row["accuracy"] for row in rows] for i, rows in sorted(stats.items())}
     for i, a in accuracies.items():
         curriculum.update(drawn[i].id, sum(a), len(a))
@@ -985,7 +1013,7 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
     capped = curriculum.note_valid(signal, len(accuracies), c.oversample_cap) and c.oversample_cap > 1
     if capped or c.oversample_cap > 1 and 4 * len(valid) < 3 * c.prompts_per_step:         # a few too few is chance
         say(f"RL {step + 1}: {len(valid)} groups to learn from, {c.prompts_per_step} wanted; {signal} of {len(accuracies)} had signal"
-            + (f", so few that oversample_cap = {c.oversample_cap:g} binds" if capped else ""))
+            + (f": at that rate more than oversample_cap = {c.oversample_cap:g} times as many would have to be asked" if capped else ""))
 
     # Learn: disjoint groups in each optimizer step, dealt over the dp groups by their length: who rolled out the long ones would
     # keep all waiting (GLM-4.1V §5.4). The divisors are those of the whole step over all ranks.
@@ -1019,7 +1047,6 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
             f"--- right: {g.sample.answer}; reward {g.rewards[0].total:.2f}; the group's rewards "
             + " ".join(f"{r.total:.1f}" for r in g.rewards) + "\n")
     rows = [row for i in stats for row in stats[i]]
-    mean = lambda xs: sum(xs) / len(xs) if xs else 0.0
     tokens = max(1.0, sums.get("tokens", 0.0))
     domains = {}
     for domain in sorted({drawn[i].domain for i in stats}):
@@ -1078,8 +1105,9 @@ def machine_error(e):
     """What an error of the machine, not of the code, means and what to do. -> a line, whether only others know the cause; None: a bug"""
     text = " ".join(str(e).split())
     if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text or "can't allocate memory" in text:
-        return ("out of memory: lower max_tokens, frames or max_pixels; checkpointing=true keeps a tenth for the backward, stage2=true shares "
-                f"it over the sp ranks; with rollout=vllm lower vllm_memory, or vllm_share=true. torch said: {text[:300]}", False)
+        return ("out of memory: checkpointing=true keeps a tenth for the backward, stage2=true shares it over the sp ranks, fsdp=true shares "
+                "the weights; or lower frames, max_pixels or max_tokens; with rollout=vllm lower vllm_memory, or vllm_share=true. torch said: "
+                f"{text[:300]}", False)
     if isinstance(e, dist.DistError) or "gloo/transport" in text:
         return ("another rank is gone, or cannot be reached: see what its machine says, then start all again with the same out_dir. If they "
                 f"never met, name the network between them: GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME. torch said: {text[:300]}", True)
@@ -1096,6 +1124,8 @@ if __name__ == "__main__":
         line, wait = known                                 # one rank of a machine speaks, after any who knows more; torchrun then
         time.sleep(5 * (bool(int(os.environ.get("LOCAL_RANK", 0))) + wait))    # ends those who still sleep
         print(file=sys.stderr)                             # off the line of a progress bar
+        if dist.is_initialized():
+            print(f"train.py: {line}", file=sys.stderr, flush=True)
+            os._exit(1)                                    # to close NCCL's groups is to wait for ranks that may be gone
         sys.exit(f"train.py: {line}")
-    finally:
-        leave()
+    leave()

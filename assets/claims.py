@@ -302,7 +302,7 @@ def tables():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__.strip())
     OUT, names = os.path.abspath(sys.argv[1]), sys.argv[2:] or list(RUNS)
     if unknown := set(names) - {*RUNS, "tables"}:

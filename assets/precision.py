@@ -68,7 +68,7 @@ def main(name, engine="torch"):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__.strip())
     try:
         main(*sys.argv[1:])

@@ -343,7 +343,7 @@ def test_vision_tokens_in_equal_pixels_in(tiny, stock, banned):
 
 def test_splice_puts_every_vision_token_in_its_place(tiny, prompts):
     """Two rows of different length: the vision tokens of each land on its own pads, text embeddings stay."""
-    model, (ids, _, lengths) = tiny[0], vlm.pad_prefixes(prompts[:2])
+    model, (ids, _, lengths, _) = tiny[0], vlm.pad_prefixes(prompts[:2], "cpu")
     out, text = vlm.splice(model, ids, [p.vision for p in prompts[:2]]), model.get_input_embeddings()(ids)
     pads = ids == model.config.video_token_id
     assert lengths.tolist() == [len(p.ids) for p in prompts[:2]]
@@ -829,17 +829,33 @@ def test_load_refuses_a_directory_without_config(tmp_path):
     assert str(tmp_path) in str(e.value)
 
 
-def test_what_transformers_cannot_read_is_one_line_that_names_the_checkpoint(saved, tmp_path):
-    """Its own lines do not say which checkpoint, and are several. A process of its own: whether there is a hub is settled at import."""
+def test_a_hub_name_without_a_hub_is_one_line_that_names_it():
+    """transformers' own lines are several. A process of its own: whether there is a hub is settled at import."""
+    done = subprocess.run([sys.executable, "rollout.py", "--model=nobody/nothing", "--video=toy:3", "--question=How many?"], text=True,
+                          capture_output=True, cwd=os.path.dirname(vlm.__file__), env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    [line] = done.stderr.strip().split("\n")
+    assert done.returncode == 1 and line.startswith("rollout.py: nobody/nothing is no directory here and did not come from the hub"), done.stderr
+
+
+@pytest.mark.parametrize("file, change", [
+    ("config.json", lambda text: text[:40]), ("config.json", lambda text: text.replace('"qwen2_5_vl"', '"nobody"')),
+    ("config.json", lambda text: text.replace('"num_hidden_layers": 4', '"num_hidden_layers": "four"')),
+    ("config.json", lambda text: text.replace('"num_attention_heads": 4', '"num_attention_heads": 0')),
+    ("tokenizer.json", lambda text: "{}"), ("tokenizer.json", lambda text: text[:99]), ("tokenizer_config.json", lambda text: text[:20]),
+    ("video_preprocessor_config.json", lambda text: text[:20]),
+    ("video_preprocessor_config.json", lambda text: text.replace("patch_size", "path_size"))])
+def test_a_damaged_file_is_one_line_that_names_the_checkpoint(saved, tmp_path, file, change):
+    """transformers' KeyErrors and many lines came through, and did not say which checkpoint."""
     path = tampered(saved, tmp_path / "c", lambda t: None)
-    os.remove(os.path.join(path, "config.json"))           # a link to the whole one
-    with open(os.path.join(path, "config.json"), "w") as f:
-        f.write('{"model_type":')
-    for name, says in (("nobody/nothing", "no directory here and did not come from the hub"), (path, "not a valid JSON file")):
-        done = subprocess.run([sys.executable, "rollout.py", f"--model={name}", "--video=toy:3", "--question=How many?"], text=True,
-                              capture_output=True, cwd=os.path.dirname(vlm.__file__), env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        [line] = done.stderr.strip().split("\n")
-        assert done.returncode == 1 and line.startswith(f"rollout.py: {name}") and says in line, done.stderr
+    with open(os.path.join(path, file)) as f:
+        text = f.read()
+    os.remove(os.path.join(path, file))                    # a link to the whole one
+    with open(os.path.join(path, file), "w") as f:
+        f.write(change(text))
+    assert change(text) != text
+    with pytest.raises(ValueError) as e:
+        vlm.load(path)
+    assert str(e.value).startswith(path) and "\n" not in str(e.value)
 
 
 def test_load_refuses_a_checkpoint_without_preprocessing(saved, tmp_path):

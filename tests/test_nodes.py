@@ -101,12 +101,27 @@ def test_ranks_that_cannot_work_together_end_with_one_clear_line(tmp_path, lie, 
     assert not os.path.exists(tmp_path / "out")
 
 
+def test_sp_is_compared_as_each_machine_settles_it(monkeypatch):
+    """sp = 0 means the ranks of the machine: of two and of one it is not the same, though the flag is. The one trained on alone."""
+    def note(store, rank, world, facts, wrong):
+        raise KeyError(facts["sp"])
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(None, 0, 3)]))
+    monkeypatch.setattr(encode, "meet", note)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(KeyError, match="2"):
+        encode.start(0, {"sp": 0})
+
+
 def test_facts_are_compared_value_by_value():
     every = [{"torch": "2", "sp": 1}, {"torch": "3", "sp": 1}, {"torch": "2", "sp": 4}, {"torch": "3", "sp": 1}]
     store = torch.distributed.HashStore()
     for rank, facts in enumerate(every[1:], 1):
         store.set(f"met {rank}", json.dumps([facts, ""]))
     with pytest.raises(ValueError, match="^the ranks cannot work together: torch = 2 on rank 0 2, 3 on rank 1 3; sp = 1 on rank 0 1 3, 4 on rank 2$"):
+        encode.meet(store, 0, 4, every[0])
+    store.set("met 3", json.dumps([every[3] | {"torch": "2", "new": 1}, ""]))
+    with pytest.raises(ValueError, match="; new = None on rank 0 1 2, 1 on rank 3$"):                # what another version's rank adds
         encode.meet(store, 0, 4, every[0])
     for rank in range(4):
         store.set(f"met {rank}", json.dumps([every[0], ""]))

@@ -16,7 +16,8 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+import weakref
+from dataclasses import asdict, fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -813,7 +814,7 @@ def test_a_step_trains_on_the_balanced_groups_and_notes_them_all(run, tmp_path, 
              "updates_per_rollout": 1, "oversample_cap": cap, "out_dir": out})
     rows, said = metrics(out, "rl"), capsys.readouterr().out
     assert (max(r["oversample"] for r in rows) > 1) == (cap > 1) == ("groups to learn from, 2 wanted" in said)
-    assert ("oversample_cap = 4 binds" in said) == (cap > 1 and any(r["invalid_rate"] > 0.75 for r in rows))
+    assert ("oversample_cap = 4 times as many" in said) == (cap > 1 and any(r["invalid_rate"] > 0.75 for r in rows))
     assert [len(ids) for ids in trained] == [r["valid_groups"] for r in rows if r["valid_groups"]] and max(map(len, trained)) <= 2
     assert not {f"q{i}" for i in range(9)} & {id for ids in trained for id in ids}
     history = torch.load(os.path.join(out, "model", "training_state.pt"), weights_only=False)["curriculum"]["history"]
@@ -1165,3 +1166,49 @@ def test_what_a_kill_leaves_half_written_is_in_nobodys_way(run, copied):
 
 if __name__ == "__main__":
     deal_worker(*sys.argv[2:]) if sys.argv[1] == "deal" else worker(*sys.argv[1:])
+
+
+def test_a_damaged_or_lost_checkpoint_ends_the_run(copied, run, monkeypatch):
+    """A link that led nowhere began anew in silence, and wrote over the older checkpoint; half a file was a traceback."""
+    before, how = fingerprint(copied), flags(**{**run.how, "out_dir": copied, "rl_steps": 8})
+    path = os.path.join(copied, "model", "training_state.pt")
+    os.truncate(path, os.path.getsize(path) // 2)
+    line = script(monkeypatch, *how)
+    assert line.startswith(f"train.py: {copied}/ckpt-{LAST}/training_state.pt: damaged") and "\n" not in line
+    shutil.rmtree(os.path.join(copied, f"ckpt-{LAST}"))
+    line = script(monkeypatch, *how)
+    assert f"{copied}/model leads to a checkpoint that is gone" in line and "\n" not in line
+    assert fingerprint(copied) == {k: v for k, v in before.items() if not k.startswith(f"ckpt-{LAST}")}
+
+
+def test_the_cold_starts_moments_are_gone_when_rl_begins(run, tmp_path, monkeypatch):
+    """What a checkpoint was made of stayed alive until the next: of 3B weights 37 GB beside RL's own."""
+    update, step, moments, left = train.update, train.rl_step, [], []
+
+    def noted(model, optimizer, *rest):
+        norm = update(model, optimizer, *rest)
+        moments.extend(weakref.ref(x) for of in optimizer.state.values() for x in of.values())
+        return norm
+
+    def counted(*args):
+        left.append(sum(ref() is not None for ref in moments))
+        moments.clear()
+        return step(*args)
+    monkeypatch.setattr(train, "update", noted)
+    monkeypatch.setattr(train, "rl_step", counted)
+    alone(**{**run.how, "out_dir": tmp_path / "out", "rl_steps": 1, "eval_every": 0, "sft_steps": 2})
+    assert left == [0]
+
+
+def test_data_of_which_all_is_held_out_is_refused(tmp_path, monkeypatch):
+    """The run said that no sample had a thought, trained on nothing and was done."""
+    seed = next(i for i in range(999) if not data.split([data.toy_sample(str(i))])[0])
+    how = {**SMALL, "data": write(tmp_path / "one.jsonl", question(seed)), "out_dir": tmp_path / "out"}
+    line = script(monkeypatch, *flags(**how))
+    assert "one.jsonl: all 1 samples are held out" in line and "--eval_data" in line and not (tmp_path / "out").exists()
+
+
+def test_help_shows_the_commands_and_every_hyperparameter(monkeypatch, capsys):
+    assert script(monkeypatch, "--help") is None
+    said = capsys.readouterr().out
+    assert "torchrun --standalone" in said and all(f"    {f.name}: " in said for f in fields(train.Config))
