@@ -351,7 +351,7 @@ first step, from the same weights: the same completions give the same."""
 def plot(rows, path):
     """Seconds a step against frames, a line a variant."""
     from matplotlib.figure import Figure
-    lines, r, axis = {}, rows[0], Figure(figsize=(7, 4.5), layout="constrained").subplots()
+    lines, r, axis = {}, rows[0], Figure(figsize=(8, 4.5), layout="constrained").subplots()
     for row in sorted(rows, key=lambda row: row["frames"]):
         label = f"{row['variant']}, {row['cache']}" + (f", {row['sp']} ranks" if row["sp"] > 1 else "") + ", vllm" * (row["rollout"] == "vllm")
         lines.setdefault(label, []).append(row)
@@ -365,7 +365,7 @@ def plot(rows, path):
     axis.set_xticks(frames, frames)
     axis.tick_params(axis="x", which="minor", length=0, labelbottom=False)
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.figure.savefig(path, dpi=120)
 
 

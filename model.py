@@ -364,10 +364,12 @@ class Packed:
         out = [F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True, scale=scale,
                                               enable_gqa=True)]                # pads stand last: none is seen
         R = q.shape[1] // k.shape[1]                                           # query heads that share a key-value head
-        for lo, hi, mask in self.chunks:                   # GPU kernels that take a mask want as many kv heads as heads: one at a time,
-            out.append(torch.cat([F.scaled_dot_product_attention(              # as R that are one in memory
-                mine, *(x[:, n, None, :hi].expand(-1, R, -1, -1) for x in (k, v)), attn_mask=mask, scale=scale)
-                for n, mine in enumerate(q[:, :, lo:hi].split(R, dim=1))], dim=1))             # [B, heads, hi-lo, d]
+        for lo, hi, mask in self.chunks:
+            heads = []                                     # GPU kernels that take a mask want a key-value head for each head: it is expanded,
+            for mine, *kv in zip(q[:, :, lo:hi].split(R, dim=1), k[:, :, :hi].split(1, dim=1), v[:, :, :hi].split(1, dim=1)):
+                kv = (x.expand(-1, R, -1, -1) for x in kv)                     # which copies nothing
+                heads.append(F.scaled_dot_product_attention(mine, *kv, attn_mask=mask, scale=scale))           # [B, R, hi-lo, d]
+            out.append(torch.cat(heads, dim=1))
         return torch.cat(out, dim=2)                                           # [B, heads, P+C, d]
 
 

@@ -735,10 +735,11 @@ def main(c):
     samples = data.load(c.data, c.video_dir)
     train, held = (samples, data.load(c.eval_data, c.video_dir)) if c.eval_data else data.split(samples)
     graded = (held if c.mode == "eval" else train) if c.eval_data else held + train            # what grades are of
-    if c.mode == "train" and not train:
-        raise ValueError(f"{c.data}: all {len(samples)} samples are held out, by a hash of their videos' names, and none is left to train on: "
-                         "give more videos, or --eval_data, and none is held out")
-    say(f"{len(train)} samples to train on, {len(held)} held out")
+    if c.mode == "train":
+        if not train:
+            raise ValueError(f"{c.data}: all {len(samples)} samples are held out, by a hash of their videos' names, and none is left to train "
+                             "on: give more videos, or --eval_data, and none is held out")
+        say(f"{len(train)} samples to train on, {len(held)} held out")
     held = held[:c.eval_samples]
     if not held:
         say("no sample is held out: nothing will be evaluated (give --eval_data, or more videos)")
@@ -863,14 +864,15 @@ def main(c):
             return None
         optimizer = make_optimizer(model, lr)
         curriculum = Curriculum(ids, f"{c.seed} {stage}", *((grades, c.tiers) if stage == "rl" else ()))
+        saved = {k: state.pop(k, None) for k in ("optimizer", "copies", "curriculum")}         # a stage's own: kept no longer than it
         if state["done"][stage]:
-            [group], saved = optimizer.param_groups, state.pop("optimizer")            # not kept beside the optimizer's own
-            moments = {i: {k: like(x, group["params"][i]) for k, x in of.items()} for i, of in saved["state"].items()}
-            optimizer.load_state_dict(saved | {"state": moments})
+            [group], moments = optimizer.param_groups, saved["optimizer"]["state"]
+            moments = {i: {k: like(x, group["params"][i]) for k, x in of.items()} for i, of in moments.items()}
+            optimizer.load_state_dict(saved["optimizer"] | {"state": moments})
             with torch.no_grad():
-                for copy, kept in zip(group["params"], state.pop("copies")):
+                for copy, kept in zip(group["params"], saved["copies"]):
                     copy.copy_(like(kept, copy))
-            curriculum.load_state_dict(state.pop("curriculum"))
+            curriculum.load_state_dict(saved["curriculum"])
         bar = tqdm(total=steps, initial=state["done"][stage], desc=stage, disable=ranks.rank != 0, dynamic_ncols=True)
         return optimizer, curriculum, bar, range(state["done"][stage], steps)
 
