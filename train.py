@@ -37,7 +37,6 @@ cold start (it learns to write its thinking down, from a teacher), RL (its own a
 Started again with the same out_dir, a run goes on where it stopped.
 """
 import difflib
-import gc
 import inspect
 import json
 import math
@@ -612,7 +611,7 @@ def draw_sweep(results, path):
                 line = sorted((r["think_least"] or r["think_budget"], r["accuracy"]) for r in results
                               if r["frames"] == frames and bool(r["think_least"]) == least)
                 if line:
-                    axis.plot(*zip(*line), mark, color=f"C{i}", label=f"{frames} frames, " + ("at least so many" if least else "at most"))
+                    axis.plot(*zip(*line), mark, color=f"C{i}", label=f"{frames} frames, " + ('forced on until so many, by "Wait,"' if least else "cut after so many"))
         axis.legend(frameon=False)
     else:
         axis.plot(*zip(*sorted((r["frames"], r["accuracy"]) for r in results)), "o-")
@@ -945,7 +944,6 @@ def main(c):
     started = begin("rl", c.rl_steps, c.lr, list(by_id), "no training sample is left")
     if started:
         optimizer, curriculum, bar, todo = started
-        gc.collect()                                       # matplotlib leaves frames behind that hold the cold start's optimizer
         if c.rollout == "vllm" and made and not found and not any(state["done"].values()):
             keep("rl", 0, optimizer, curriculum)           # vLLM starts from a directory
         engine = start_engine(c, newest(c.out_dir) or c.model, model, tokenizer, ranks)
@@ -1068,15 +1066,13 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
 
 def draw_curves(lines, path):
     """metrics.jsonl as a picture."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     rows = [json.loads(line) for line in lines]
     rl = [r for r in rows if r["stage"] == "rl"]
     taught = [r for r in rows if r["stage"] != "rl" and "loss" in r]
     if not rows:
         return
-    fig, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    axes = (figure := Figure(figsize=(12, 6), layout="constrained")).subplots(2, 3)
     x = [r["step"] for r in rl]
 
     def panel(axis, title, *keys, smooth=False):
@@ -1085,8 +1081,11 @@ def draw_curves(lines, path):
         axis.set(title=title, xlabel="RL step")
         axis.legend(fontsize=8, frameon=False)
 
-    axes[0, 0].plot([r["loss"] for r in taught], linewidth=1)
-    axes[0, 0].set(title="loss: align, then cold start", xlabel="step", yscale="log")
+    for stage, name in (("align", "align"), ("sft", "cold start")):
+        line = [(i, r["loss"]) for i, r in enumerate(taught) if r["stage"] == stage]
+        axes[0, 0].plot(*zip(*line) if line else ([], []), linewidth=1, label=name)
+    axes[0, 0].set(title="loss on what is taught", xlabel="step", yscale="log")
+    axes[0, 0].legend(fontsize=8, frameon=False)
     panel(axes[0, 1], "sampled answers", "reward", "accuracy", "format")
     seen = [(0 if r["stage"] == "sft" else r["step"], r["eval_accuracy"]) for r in rows if "eval_accuracy" in r]
     axes[0, 2].plot(*zip(*seen) if seen else ([], []), "o-")
@@ -1097,9 +1096,8 @@ def draw_curves(lines, path):
         axes[1, 2].stackplot(x, *([r.get(k, 0.0) for r in rl] for k in ("encode_s", "rollout_s", "train_s")),
                              labels=["encode", "rollout", "train"])
         axes[1, 2].legend(fontsize=8, frameon=False)
-    axes[1, 2].set(title="seconds a step", xlabel="RL step")
-    fig.savefig(path + ".tmp", dpi=100, format="png")
-    plt.close(fig)
+    axes[1, 2].set(title="seconds a step; later more are asked", xlabel="RL step")
+    figure.savefig(path + ".tmp", dpi=100, format="png")
     os.replace(path + ".tmp", path)
 
 

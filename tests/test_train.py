@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -261,6 +262,13 @@ def test_bad_videos_are_dropped_named_counted_and_not_replaced(run, files):
     answers = sum(total for _, total in curriculum["history"].values())
     asked = sum(r["oversample"] for r in metrics(run.dir, "rl")) * SMALL["prompts_per_step"]
     assert answers == SMALL["group_size"] * (asked - 2)                             # two draws bore nothing
+
+
+def test_every_key_of_metrics_is_explained_in_the_readme(run):
+    with open(os.path.join(ROOT, "README.md")) as f:
+        told = {word for line in f if line.startswith("|") or "metrics.jsonl` says" in line for word in re.findall(r"`(\w+)`", line)}
+    keys = {re.sub("_(count|open|choice)$", "_D", key) for row in metrics(run.dir) for key in row}
+    assert keys - told == set()
 
 
 def test_the_checkpoint_is_what_transformers_loads(run):
