@@ -19,10 +19,11 @@ Teach a vision-language model to reason about long videos. One script, from one 
       torchrun --standalone --nproc_per_node=8 train.py --model=Qwen/Qwen2.5-VL-7B-Instruct --sp=4 --stage2=true --fsdp=true \\
           --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos --frames=512 --max_pixels=78400 --dtype=bfloat16 \\
           --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 --answer_budget=256 --checkpointing=true --rollout=vllm --vllm_length=32768
-  GLM-4.1V-9B on eight: 31 GB in training; 36 in sampling by the torch engine, with all parameters whole
+  GLM-4.1V-9B on eight: 31 GB in training; 16 GB and vLLM's 40 in sampling
       torchrun --standalone --nproc_per_node=8 train.py --model=zai-org/GLM-4.1V-9B-Thinking --sp=8 --stage2=true --fsdp=true \\
           --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos --frames=256 --max_pixels=78400 --dtype=bfloat16 \\
-          --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 --answer_budget=256 --checkpointing=true --format_weight=0
+          --lr=1e-6 --sft_lr=1e-5 --think_budget=2048 --answer_budget=256 --checkpointing=true --format_weight=0 \\
+          --rollout=vllm --vllm_length=20480
   LongVideo-Reason with the batch, clip, average and budget of its released code, but no KL term; 512 frames of 60 tokens: 29 GB
       torchrun --standalone --nproc_per_node=8 train.py --model=Qwen/Qwen2.5-VL-7B-Instruct --sp=4 --stage2=true --fsdp=true \\
           --data=longvideo-reason/train.json --video_dir=longvideo-reason/videos --frames=512 --max_pixels=94864 --dtype=bfloat16 \\
