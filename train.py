@@ -84,7 +84,7 @@ class Config:
     seed: int = 0                  # all randomness is a function of seed, step, sample and completion number
     # where
     sp: int = 0                    # ranks that share one video; 0: all of this machine; 1: none share
-    stage2: bool = False           # shard the sequence over them in training too: memory for videos too long for one
+    stage2: bool = False           # shard the sequence over them too, in prefill and training: for videos too long for one
     fsdp: bool = False             # weights, gradients and optimizer state sharded over all ranks, from the freezing of the tower on
     checkpointing: bool = False    # decoder layers computed again in the backward: a tenth of the memory, a fifth more time
     compile: bool = False          # decoder layers through torch.compile in training: a minute once, then a fifth less memory
