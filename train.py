@@ -38,6 +38,7 @@ cold start (it learns to write its thinking down, from a teacher), RL (its own a
 Started again with the same out_dir, a run goes on where it stopped.
 """
 import difflib
+import gc
 import inspect
 import json
 import math
@@ -945,6 +946,7 @@ def main(c):
     started = begin("rl", c.rl_steps, c.lr, list(by_id), "no training sample is left")
     if started:
         optimizer, curriculum, bar, todo = started
+        gc.collect()                                       # matplotlib leaves frames behind that hold the cold start's optimizer
         if c.rollout == "vllm" and made and not found and not any(state["done"].values()):
             keep("rl", 0, optimizer, curriculum)           # vLLM starts from a directory
         engine = start_engine(c, newest(c.out_dir) or c.model, model, tokenizer, ranks)
