@@ -385,9 +385,10 @@ def main():
     args.add_argument("--dtype", default="", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     args.add_argument("--sample", type=int, default=-1, metavar="SEED", help="sample with this seed instead of greedily")
     args = args.parse_args()
-    question = args.question
+    question, toy = args.question, None
     if not question and args.video.startswith("toy:"):
-        question = data.toy_sample(data.toy_name(args.video)[0]).question
+        toy = data.toy_sample(data.toy_name(args.video)[0])
+        question = toy.question
     if not question:
         raise ValueError("--question is missing")
     for name, least in (("frames", 1), ("max_pixels", 0), ("think_budget", 0), ("think_least", 0), ("answer_budget", 1)):
@@ -406,8 +407,8 @@ def main():
     notes = [note for note, is_so in (("thinking budget ran out: answer forced", completion.forced),
                                       ("answer budget ran out", completion.truncated)) if is_so]
     print(f"\n\n{len(completion.tokens)} tokens" + "".join(f"; {note}" for note in notes))
-    if not args.question:
-        print(f"right: {data.toy_sample(data.toy_name(args.video)[0]).answer}")
+    if toy:
+        print(f"right: {toy.answer}")
 
 
 if __name__ == "__main__":

@@ -1075,10 +1075,11 @@ def draw_curves(lines, path):
     taught = [r for r in rows if r["stage"] != "rl" and "loss" in r]
     if not rows:
         return
-    axes = (figure := Figure(figsize=(12, 6), layout="constrained")).subplots(2, 3)
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    axes = figure.subplots(2, 3)
     x = [r["step"] for r in rl]
 
-    def panel(axis, title, *keys, smooth=False):
+    def panel(axis, title, *keys):
         for key in keys:
             axis.plot(x, [r[key] for r in rl], label=key, linewidth=1)
         axis.set(title=title, xlabel="RL step")
