@@ -27,17 +27,7 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-
-@dataclass
-class Sample:
-    """One question about one video."""
-    id: str            # unique; every cache, statistic and random stream is keyed by it
-    question: str
-    answer: str        # the right one: what is verified
-    domain: str        # picks the verifier
-    video: str         # a file, a folder of pictures, one picture (a one-frame video), or "toy:SEED" (`toy_name`)
-    thought: str = ""  # reasoning for the cold start; empty where there is none
-    taught: str = ""   # the answer that thought comes to, where its writer was wrong; empty: the right one
+from flow import Sample, Video, VideoError
 
 
 def taught_text(sample, think=True):
@@ -147,21 +137,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,ogg,asf,mp3,wav"
 # a broken picture: pillow raises the last three from inside webp, png and oversized files
 PICTURE_ERRORS = (OSError, EOFError, SyntaxError, Image.DecompressionBombError)
-
-
-class VideoError(ValueError):
-    """Names the file and the cause, in one sentence."""
-
-
-@dataclass
-class Video:
-    """what the encoder must know before it reads a pixel"""
-    path: str
-    frames: int      # T, how many frames read() can give: min(asked, in the file)
-    height: int      # after rotation
-    width: int
-    seconds: float   # between two neighbouring frames of the T
-    read: Callable   # read(lo, hi) -> uint8 [hi-lo, H, W, 3], equal to read(0, T)[lo:hi]
 
 
 def open_video(path, frames):

@@ -27,33 +27,8 @@ from safetensors.torch import save
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from transformers import AttentionInterface
 
-
-def shard(n, rank, size):
-    """The half-open range of n things that is `rank`'s: as even as can be, in order, nothing lost, nothing twice.
-
-    >>> [shard(7, r, 3) for r in range(3)]
-    [(0, 3), (3, 5), (5, 7)]
-    """
-    whole, rest = divmod(n, size)
-    lo = rank * whole + min(rank, rest)
-    return lo, lo + whole + (rank < rest)
-
-
-def deal(costs, homes, n):
-    """Whole things over n ranks, so that each has about as much to do: the costliest first, to the rank with the least so far.
-
-    A thing stays at home where the rank then has no more than an even share, or where it is a tie: what moves must be sent.
-    No rank ends with more than the mean and the largest cost. costs, homes: {thing: cost}, {thing: rank} -> {thing: rank}
-
-    >>> deal({0: 9, 1: 2, 2: 4, 3: 3}, {0: 0, 1: 1, 2: 0, 3: 1}, 2)
-    {0: 0, 2: 1, 3: 1, 1: 1}
-    """
-    loads, goes, even = [0] * n, {}, sum(costs.values()) / n
-    for i in sorted(costs, key=lambda i: (-costs[i], i)):
-        home = homes[i]
-        goes[i] = home if loads[home] + costs[i] <= even else min(range(n), key=lambda r: (loads[r], r != home))
-        loads[goes[i]] += costs[i]
-    return goes
+from flow import Ranks
+from plumbing.ranks import PATIENCE, deal, meet, on_first as led, shard, start, together, versions
 
 
 def frames_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_):
@@ -73,106 +48,6 @@ def frames_attention(module, query, key, value, attention_mask, scaling, cu_seq_
 
 
 AttentionInterface.register("frames_flash", frames_attention)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# ranks
-
-@dataclass
-class Ranks:
-    """Who this process is. world = dp * sp: the sp ranks of one group share a video, the dp groups do not."""
-    rank: int = 0
-    world: int = 1
-    sp: int = 1
-    sp_rank: int = 0
-    dp: int = 1
-    dp_rank: int = 0
-    device: str = "cpu"
-    group: object = None       # the process group of my sp ranks; None without torchrun
-
-
-PATIENCE = timedelta(minutes=30)    # how long a rank waits for one that says nothing: it may be writing a large checkpoint
-
-
-def start(sp=0, same={}):
-    """Join the other processes that torchrun started; without torchrun, be alone. sp = 0: all ranks of this machine.
-
-    same: {name: what must be equal on all ranks}. Raises ValueError on every rank where something is not, where a machine has
-    fewer GPUs than ranks, and where sp does not divide the number of ranks.
-    """
-    world, local, beside = (int(os.environ.get(k, other)) for k, other in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    cuda, sp = torch.cuda.is_available(), sp or beside
-    backend, device = "nccl" if cuda else "gloo", f"cuda:{local}" if cuda else "cpu"
-    if "RANK" in os.environ and not dist.is_initialized():
-        gpus = torch.cuda.device_count()
-        short = f"{beside} ranks on a machine of {gpus} GPUs, give --nproc_per_node={gpus}" if cuda and gpus < beside else ""
-        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
-        meet(store, rank, world, {**same, "sp": sp, "backend": backend, **versions()}, short)
-        if cuda:
-            torch.cuda.set_device(device)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
-    if sp < 1 or world % sp:
-        raise ValueError(f"sp = {sp} does not divide the {world} ranks; choose an sp that does, or another --nproc_per_node")
-    if "RANK" not in os.environ:
-        return Ranks(device=device)
-    rank = dist.get_rank()
-    groups = [dist.new_group(range(first, first + sp), timeout=PATIENCE) for first in range(0, world, sp)]         # all ranks make all
-    return Ranks(rank, world, sp, rank % sp, world // sp, rank // sp, device, groups[rank // sp])
-
-
-def versions():
-    """What a rank computes with: of torch, of transformers, and a hash of those of our files that are loaded."""
-    files = {getattr(m, "__file__", None) or "" for m in list(sys.modules.values())}
-    files = [f for f in files if os.path.dirname(f) == os.path.dirname(__file__)]              # not all that lie there: some are yours
-    code = hashlib.sha256(b"".join(Path(f).read_bytes() for f in sorted(files))).hexdigest()[:8]
-    return {"torch": str(torch.__version__), "transformers": transformers.__version__, "code": code}
-
-
-def meet(store, rank, world, facts, wrong=""):
-    """All ranks compare what they are, through the store: two versions of NCCL may not even be able to say that they differ.
-
-    Raises ValueError, with one text on all ranks, where facts differ between ranks or something is wrong on one.
-    """
-    store.set(f"met {rank}", json.dumps([facts, wrong]))
-    every = []
-    for r in range(world):
-        try:
-            every.append(json.loads(store.get(f"met {r}")))
-        except dist.DistStoreError:
-            raise ValueError(f"rank {r} did not start within {PATIENCE}: see what its machine says") from None
-    wrong = sorted({text for _, text in every if text})
-    for name in dict.fromkeys(name for theirs, _ in every for name in theirs):
-        said = {}                                          # value: who has it
-        for r, (theirs, _) in enumerate(every):
-            said.setdefault(str(theirs.get(name)), []).append(str(r))
-        if len(said) > 1:
-            wrong.append(f"{name} = " + ", ".join(f"{value} on rank {' '.join(who)}" for value, who in said.items()))
-    if wrong:
-        raise ValueError("the ranks cannot work together: " + "; ".join(wrong))
-
-
-def together(work, ranks):
-    """work() on each rank of the sp group. What it raises on one rank is raised on all: none is left waiting."""
-    result, error = None, None
-    try:
-        result = work()
-    except (ValueError, OSError) as e:                     # the errors of a bad input; a bug still ends the run at once
-        error = e
-    if ranks.sp > 1:
-        errors = [None] * ranks.sp
-        dist.all_gather_object(errors, error, group=ranks.group)
-        error = next((e for e in errors if e is not None), None)
-    if error is not None:
-        raise error
-    return result
-
-
-def led(work, ranks):
-    """work() on sp_rank 0 alone. Every rank of the group returns what it returned, or raises what it raised."""
-    box = [together(lambda: work() if ranks.sp_rank == 0 else None, ranks)]
-    if ranks.sp > 1:
-        dist.broadcast_object_list(box, group_src=0, group=ranks.group)
-    return box[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.utils import cached_file, logging
 
 import encode
+from flow import Pixels, Prompt, PromptError
 
 logging.disable_progress_bar()          # one bar is enough: train.py's
 
@@ -44,32 +45,8 @@ FAMILIES = {"qwen2_5_vl": ("Qwen2VLImageProcessor", "Qwen2VLVideoProcessor", "Qw
             "glm4v": ("Glm4vImageProcessor", "Glm4vVideoProcessor", "Glm4vProcessor")}
 
 
-@dataclass
-class Prompt:
-    """What the language model reads before it answers. P ids, V vision tokens of D features."""
-    ids: torch.Tensor        # [P] long, vision pads already expanded
-    positions: torch.Tensor  # [3, P] long, M-RoPE: time, height, width
-    vision: torch.Tensor     # [V, D] gathered vision tokens, from the cache on the CPU; a gradient only where the tower itself trains
-    grids: list              # (t, h, w) in patches of each run of vision tokens: one; GLM-4.1V: one a temporal patch
-    seconds: float = 0.0     # between two temporal patches
-    key: str = ""            # what the cache calls the video
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # frames -> patches
-
-@dataclass
-class Pixels:
-    """How a checkpoint wants its pixels; read from its own JSON files, never from our memory."""
-    mean: list
-    std: list
-    patch: int        # a patch is patch x patch pixels ...
-    temporal: int     # ... over this many frames
-    merge: int        # merge x merge patches become one vision token
-    min_pixels: int   # of one frame, after resizing
-    max_pixels: int
-    video_pixels: tuple = ()  # bounds of all frames of a video together (GLM-4.1V), besides those of one
-
 
 def read_pixels(name, together=False):
     """The `Pixels` of a checkpoint directory or hub name; together: the bounds in its files are of a whole video (GLM-4.1V).
@@ -268,10 +245,6 @@ def make_prompt(model, tokenizer, question, vision, grid, seconds, key=""):
     ids = torch.tensor(ids)
     positions = mrope_positions(ids, pad, grids, model.pixels.merge, interval)
     return Prompt(ids.to(vision.device), positions.to(vision.device), vision, grids, seconds * temporal, key)
-
-
-class PromptError(ValueError):
-    """A prompt that cannot be used, and why, in one sentence."""
 
 
 def check_length(model, prompt, room, most=None):

@@ -9,7 +9,8 @@ import re
 import sys
 import types
 import unicodedata
-from dataclasses import dataclass
+
+from flow import Reward
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 FORM = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
@@ -20,13 +21,6 @@ LONGEST = 10_000                  # characters of an answer; what is longer is n
 
 class VerifierError(Exception):
     """A verifier failed. The answer was not found wrong, it was not graded: its sample must be dropped and counted."""
-
-
-@dataclass
-class Reward:
-    total: float       # in [0,1], what GRPO sees
-    accuracy: float    # in [0,1]
-    format: float      # 1 or 0
 
 
 def extract_answer(text):

@@ -25,21 +25,12 @@ from torch.distributed.fsdp import FSDPModule
 import data
 import encode
 import model as vlm
+from flow import Completion
+from plumbing.ranks import leave
 
 VLLM_VERSION = "0.32.0"
 FORCED = "</think><answer>"    # what is written for a model whose thinking budget ran out
 WAIT = "\nWait,"               # ... and in the place of a </think> that comes before the least thinking that is asked for
-
-
-@dataclass
-class Completion:
-    """One answer to one prompt, L tokens, the end token included."""
-    tokens: torch.Tensor       # [L] long
-    sampled: torch.Tensor      # [L] bool, False where forced: such a token carries no loss
-    logprobs: torch.Tensor     # [L] float32, under the sampler; 0 where forced
-    text: str
-    forced: bool               # the thinking budget ran out, and an answer was begun for it
-    truncated: bool            # it was ended by a budget: the answer's; or the thinking's, where no answer is forced
 
 
 class SharedPrefix:
@@ -329,15 +320,6 @@ class VLLM:
                 torch.tensor(logp + [0.0] * between + more), text, time_up,
                 no or not end and answer[-1] not in self.stops))
         return [completions[n * G:(n + 1) * G] for n in range(len(prompts))]
-
-
-def leave():
-    """End this process's groups. vLLM would look for its own at exit, and complain that they are gone: it ends them all."""
-    gc.collect()                                           # sharded modules are cycles that hold a group: left to the exit, it aborts
-    if "vllm" in sys.modules:
-        sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
-    elif dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=False, engine=None, **how):

@@ -66,6 +66,8 @@ import encode
 import grpo
 import model as vlm
 import rewards
+from flow import Group
+from plumbing.ranks import explain as machine_error, gather, merged, send_groups as move
 from curriculum import Curriculum, balanced, grade_line, has_signal, read_grades
 from rollout import VLLM, import_vllm, leave, limits, rollout, room
 
@@ -340,20 +342,6 @@ def micro_batches(items, cost, most, padded=True):
         yield batch
 
 
-def gather(x, ranks):
-    """x of every rank, as a list in order of rank."""
-    if ranks.world == 1:
-        return [x]
-    every = [None] * ranks.world
-    dist.all_gather_object(every, x)
-    return every
-
-
-def merged(x, ranks):
-    """The dicts of all ranks as one."""
-    return {key: value for part in gather(x, ranks) for key, value in part.items()}
-
-
 def mean(xs):
     return sum(xs) / len(xs) if xs else 0.0
 
@@ -440,45 +428,6 @@ def sft_step(model, tokenizer, prompts, texts, c, ranks, banned, stage2=False):
     if visions:
         torch.autograd.backward(visions, [leaf.grad for leaf in leaves])
     return sum(gather(loss, ranks))
-
-
-@dataclass
-class Group:
-    """One prompt and its G completions, graded."""
-    slot: int                  # its place among the step's draws
-    sample: data.Sample
-    prompt: vlm.Prompt
-    completions: list          # all G, on every rank of the sp group
-    rewards: list              # of rewards.Reward
-    advantages: torch.Tensor   # [G]
-
-
-def move(groups, goes, ranks):
-    """Groups from the dp groups that rolled them out, slot % dp, to those that train on them: each whole, its video with it.
-
-    groups: this rank's; goes: {slot: dp group} of a step, equal on all ranks. sp rank s sends to sp rank s: each has all of a
-    group. -> the groups that this rank trains on, in order of slot
-    """
-    here, mine, parts = {g.slot: g for g in groups}, [], []
-    tensors = lambda prompt, device: {k: x.to(device).contiguous() for k, x in vars(prompt).items() if isinstance(x, torch.Tensor)}
-    for slot, to in sorted(goes.items()):                  # the same order everywhere: no ring of ranks that wait for one another
-        home = slot % ranks.dp
-        if home == to == ranks.dp_rank:
-            mine.append(here[slot])
-        elif home == ranks.dp_rank:                        # the prompt's tensors, gigabytes it may be, go as they are; the rest as an object
-            peer, g, sent = to * ranks.sp + ranks.sp_rank, here[slot], tensors(here[slot].prompt, ranks.device)
-            hollow = replace(g.prompt, **tensors(g.prompt, "meta"))            # their shapes and types alone
-            dist.send_object_list([replace(g, prompt=hollow)], peer, use_batch=True)
-            parts += [dist.P2POp(dist.isend, x, peer) for x in sent.values()]
-        elif to == ranks.dp_rank:
-            peer, box = home * ranks.sp + ranks.sp_rank, [None]
-            dist.recv_object_list(box, peer, use_batch=True)
-            got = {k: torch.empty_like(x, device=ranks.device) for k, x in tensors(box[0].prompt, "meta").items()}
-            parts += [dist.P2POp(dist.irecv, x, peer) for x in got.values()]
-            mine.append(replace(box[0], prompt=replace(box[0].prompt, **got)))
-    for work in dist.batch_isend_irecv(parts) if parts else ():
-        work.wait()
-    return [replace(g, prompt=replace(g.prompt, **tensors(g.prompt, "cpu"))) for g in mine]
 
 
 def check_gap(gap, c):
@@ -1103,19 +1052,6 @@ def draw_curves(lines, path):
     axes[1, 2].set(title="seconds a step; later more are asked", xlabel="RL step")
     figure.savefig(path + ".tmp", dpi=100, format="png")
     os.replace(path + ".tmp", path)
-
-
-def machine_error(e):
-    """What an error of the machine, not of the code, means and what to do. -> a line, whether only others know the cause; None: a bug"""
-    text = " ".join(str(e).split())
-    if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text or "can't allocate memory" in text:
-        return ("out of memory: checkpointing=true keeps a tenth for the backward, stage2=true shares it over the sp ranks, fsdp=true shares "
-                "the weights; or lower frames, max_pixels or max_tokens; with rollout=vllm lower vllm_memory, or vllm_share=true. torch said: "
-                f"{text[:300]}", False)
-    if isinstance(e, dist.DistError) or "gloo/transport" in text:
-        return ("another rank is gone, or cannot be reached: see what its machine says, then start all again with the same out_dir. If they "
-                f"never met, name the network between them: GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME. torch said: {text[:300]}", True)
-    return None
 
 
 if __name__ == "__main__":

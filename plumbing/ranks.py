@@ -1,0 +1,298 @@
+"""
+The processes that torchrun starts: they meet, share out work, gather results and fail together.
+Without torchrun everything here is a no-op.
+"""
+import gc
+import hashlib
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from flow import Ranks
+
+PATIENCE = timedelta(minutes=30)   # how long a rank waits for a silent one, which may be saving
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# --------------------------------------------------------------------------------------------------
+# meeting
+
+def start(sp=0, same=None):
+    """Join the other processes that torchrun started. -> `Ranks`
+
+    sp: ranks that share a video; 0: all ranks of this machine.
+    same: {name: value} that must be equal on all ranks.
+    Raises ValueError, with one text on all ranks, where a value differs between ranks, where a
+    machine has fewer GPUs than ranks, and where sp does not divide the number of ranks.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    sp = sp or local_world
+    cuda = torch.cuda.is_available()
+    backend = "nccl" if cuda else "gloo"
+    device = f"cuda:{local_rank}" if cuda else "cpu"
+    problem = ""
+    if sp < 1 or world % sp:
+        problem = (f"sp = {sp} does not divide the {world} ranks; "
+                   "choose an sp that does, or another --nproc_per_node")
+    if "RANK" not in os.environ:
+        if problem:
+            raise ValueError(problem)
+        return Ranks(device=device)
+
+    if not dist.is_initialized():
+        gpus = torch.cuda.device_count()
+        if cuda and gpus < local_world:
+            problem = (f"{local_world} ranks on a machine of {gpus} GPUs, "
+                       f"give --nproc_per_node={gpus}")
+        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+        facts = {**(same or {}), "sp": sp, "backend": backend, **versions()}
+        try:
+            meet(store, rank, world, facts, problem)
+        except ValueError:
+            part(store, rank, world)
+            raise
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    elif problem:
+        raise ValueError(problem)
+    rank = dist.get_rank()
+    groups = []
+    for first in range(0, world, sp):                      # every rank must make every group
+        groups.append(dist.new_group(range(first, first + sp), timeout=PATIENCE))
+    return Ranks(rank, world, sp, rank % sp, world // sp, rank // sp, device, groups[rank // sp])
+
+
+def versions():
+    """What this rank computes with: torch, transformers, and a hash of our loaded files."""
+    loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    ours = []
+    for file in sorted(filter(None, loaded)):              # loaded ones: other files are the user's
+        if Path(file).resolve().parent in (ROOT, ROOT / "plumbing"):
+            ours.append(Path(file).read_bytes())
+    code = hashlib.sha256(b"".join(ours)).hexdigest()[:8]
+    return {"torch": str(torch.__version__), "transformers": transformers.__version__, "code": code}
+
+
+def meet(store, rank, world, facts, problem=""):
+    """All ranks compare their facts, through the store, before there is a process group: two
+    versions of NCCL may not even be able to tell each other that they differ.
+
+    facts: {name: value}; problem: what is wrong on this rank, empty if nothing is. Raises
+    ValueError, with one text on all ranks, where a fact differs or a rank has a problem.
+    """
+    store.set(f"met {rank}", json.dumps([facts, problem]))
+    facts_by_rank, problems = [], set()
+    for other in range(world):
+        try:
+            their_facts, their_problem = json.loads(store.get(f"met {other}"))
+        except dist.DistStoreError:
+            raise ValueError(f"rank {other} did not start within {PATIENCE}: "
+                             "see what its machine says") from None
+        facts_by_rank.append(their_facts)
+        if their_problem:
+            problems.add(their_problem)
+    problems = sorted(problems)
+    names = dict.fromkeys(name for their_facts in facts_by_rank for name in their_facts)
+    for name in names:
+        ranks_by_value = {}
+        for other, their_facts in enumerate(facts_by_rank):
+            ranks_by_value.setdefault(str(their_facts.get(name)), []).append(str(other))
+        if len(ranks_by_value) > 1:
+            values = [f"{value} on rank {' '.join(who)}" for value, who in ranks_by_value.items()]
+            problems.append(f"{name} = " + ", ".join(values))
+    if problems:
+        raise ValueError("the ranks cannot work together: " + "; ".join(problems))
+
+
+def part(store, rank, world):
+    """Rank 0, which hosts the store, stays until all others have read it: else one of them might
+    die of a broken connection instead of the line that says what is wrong."""
+    store.set(f"read {rank}", "")
+    if rank == 0:
+        with suppress(dist.DistStoreError):                # a rank that never came
+            store.wait([f"read {other}" for other in range(world)], PATIENCE)
+
+
+def leave():
+    """End this process's groups, those of vLLM too: it complains at exit if they are gone."""
+    gc.collect()                       # FSDP's modules are cycles that hold a group: exit aborts
+    if "vllm" in sys.modules:
+        sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
+    elif dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------
+# sharing out
+
+def shard(n, rank, size):
+    """The half-open range of n things that is `rank`'s: in order, as even as can be.
+
+    >>> [shard(7, rank, 3) for rank in range(3)]
+    [(0, 3), (3, 5), (5, 7)]
+    """
+    whole, rest = divmod(n, size)
+    lo = rank * whole + min(rank, rest)
+    return lo, lo + whole + (rank < rest)
+
+
+def deal(costs, homes, n):
+    """Whole things over n ranks, so that each has about as much to do (GLM-4.1V §5.4).
+
+    costs: {thing: cost}; homes: {thing: rank that has it}. -> {thing: rank}
+    The costliest comes first, and goes to the rank with the least so far. It stays at home where
+    that rank then has no more than an even share, and where it is a tie: what moves must be sent.
+    No rank ends with more than the mean and the largest cost.
+
+    >>> deal({0: 9, 1: 2, 2: 4, 3: 3}, {0: 0, 1: 1, 2: 0, 3: 1}, 2)
+    {0: 0, 2: 1, 3: 1, 1: 1}
+    """
+    loads = [0] * n
+    even_share = sum(costs.values()) / n
+    dealt = {}
+    for thing in sorted(costs, key=lambda thing: (-costs[thing], thing)):
+        home = homes[thing]
+        if loads[home] + costs[thing] <= even_share:
+            dealt[thing] = home
+        else:
+            dealt[thing] = min(range(n), key=lambda rank: (loads[rank], rank != home))
+        loads[dealt[thing]] += costs[thing]
+    return dealt
+
+
+def prompt_tensors(prompt):
+    return {name: x for name, x in vars(prompt).items() if isinstance(x, torch.Tensor)}
+
+
+def send_groups(groups, destination, ranks):
+    """Groups from the dp groups that rolled them out, slot % dp, to those that train on them.
+
+    groups: this rank's; destination: {slot: dp group}, equal on all ranks. Sp rank s sends to sp
+    rank s, for each of them has the whole group. A prompt's tensors, which may be gigabytes, are
+    sent as they are; the rest of a group as an object. -> groups to train on here, by slot
+    """
+    here = {group.slot: group for group in groups}
+    mine, transfers = [], []
+    for slot, to in sorted(destination.items()):           # one order on all ranks: no deadlock
+        home = slot % ranks.dp
+        if home == to == ranks.dp_rank:
+            mine.append(here[slot])
+        elif home == ranks.dp_rank:
+            peer = to * ranks.sp + ranks.sp_rank
+            tensors = prompt_tensors(here[slot].prompt)
+            shapes = {name: x.to("meta").contiguous() for name, x in tensors.items()}
+            hollow = replace(here[slot].prompt, **shapes)
+            dist.send_object_list([replace(here[slot], prompt=hollow)], peer, use_batch=True)
+            for x in tensors.values():
+                x = x.to(ranks.device).contiguous()
+                transfers.append(dist.P2POp(dist.isend, x, peer))
+        elif to == ranks.dp_rank:
+            peer = home * ranks.sp + ranks.sp_rank
+            box = [None]
+            dist.recv_object_list(box, peer, use_batch=True)
+            received = {}
+            for name, shape in prompt_tensors(box[0].prompt).items():
+                received[name] = torch.empty_like(shape, device=ranks.device)
+                transfers.append(dist.P2POp(dist.irecv, received[name], peer))
+            mine.append(replace(box[0], prompt=replace(box[0].prompt, **received)))
+    if transfers:
+        for work in dist.batch_isend_irecv(transfers):
+            work.wait()
+    for i, group in enumerate(mine):
+        tensors = prompt_tensors(group.prompt)
+        on_cpu = {name: x.to("cpu").contiguous() for name, x in tensors.items()}
+        mine[i] = replace(group, prompt=replace(group.prompt, **on_cpu))
+    return mine
+
+
+def gather(x, ranks):
+    """x of every rank, as a list in order of rank."""
+    if ranks.world == 1:
+        return [x]
+    every = [None] * ranks.world
+    dist.all_gather_object(every, x)
+    return every
+
+
+def merged(x, ranks):
+    """The dicts of all ranks as one."""
+    return {key: value for part in gather(x, ranks) for key, value in part.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# failing
+
+def together(work, ranks):
+    """work() on each rank of the sp group. What it raises on one rank is raised on all of them."""
+    result, error = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as e:                     # bad input; a bug ends the run at once
+        error = e
+    if ranks.sp > 1:
+        errors = [None] * ranks.sp
+        dist.all_gather_object(errors, error, group=ranks.group)
+        error = next((e for e in errors if e is not None), None)
+    if error is not None:
+        raise error
+    return result
+
+
+def on_first(work, ranks):
+    """work() on sp rank 0 alone. All ranks of the group return its result, or raise its error."""
+    box = [together(lambda: work() if ranks.sp_rank == 0 else None, ranks)]
+    if ranks.sp > 1:
+        dist.broadcast_object_list(box, group_src=0, group=ranks.group)
+    return box[0]
+
+
+def explain(error):
+    """-> (what an error of the machine means and what to do, whether another rank is its cause);
+    None where the error is a bug."""
+    text = " ".join(str(error).split())
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if out_of_memory or "out of memory" in text or "can't allocate memory" in text:
+        return ("out of memory: checkpointing=true keeps a tenth for the backward, stage2=true "
+                "shares it over the sp ranks, fsdp=true shares the weights; or lower frames, "
+                "max_pixels or max_tokens; with rollout=vllm lower vllm_memory, or "
+                f"vllm_share=true. torch said: {text[:300]}", False)
+    if isinstance(error, dist.DistError) or "gloo/transport" in text:
+        return ("another rank is gone, or cannot be reached: see what its machine says, then start "
+                "all again with the same out_dir. If they never met, name the network between "
+                "them: GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME. torch said: "
+                f"{text[:300]}", True)
+    return None
+
+
+def run_command(name, main):
+    """main(), as the command `name`: bad input and errors of the machine end it with one line."""
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        if isinstance(e, (ValueError, OSError)):
+            line, another_rank = str(e), False
+        elif explanation := explain(e):
+            line, another_rank = explanation
+        else:
+            raise
+        # torchrun ends all ranks when the first one ends. So the rank that knows the cause goes
+        # first, and of those that know the same only the first of a machine speaks.
+        time.sleep(5 * ((os.environ.get("LOCAL_RANK", "0") != "0") + another_rank))
+        print(file=sys.stderr)                             # off the line of a progress bar
+        if dist.is_initialized():
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+            os._exit(1)                # closing NCCL's groups would wait for ranks that are gone
+        sys.exit(f"{name}: {line}")
+    leave()
