@@ -8,9 +8,10 @@ The field's type is the option's, its default the default, and its comment the h
 import argparse
 import difflib
 import inspect
+import math
 import re
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from typing import get_args, get_origin
 
 # What other trainers call it -> what we call it.
@@ -104,3 +105,56 @@ def describe(options):
         line = re.sub(r"^    (\w+): [\w\[\]]+( = )?", r"    --\1=", line)
         text.append(line.replace("field(default_factory=lambda: ", "").replace("])", "]"))
     return "\n".join(text) + "\n"
+
+
+# What may differ when a run goes on: it changes no step, or (sp to max_tokens) only its rounding.
+MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2",
+              "fsdp", "checkpointing", "max_tokens", "vllm_memory", "vllm_share", "rl_steps",
+              "eval_every", "eval_samples", "eval_frames", "eval_budgets", "pass_k", "show_every",
+              "save_every"}
+# Options that may differ between the machines of a run.
+OF_MACHINE = {"video_dir", "cache_dir", "cache_gb", "out_dir", "vllm_memory"}
+
+
+def to_compare(c):
+    """{name: value} of the options that must be equal on all ranks."""
+    return {key: value for key, value in asdict(c).items() if key not in OF_MACHINE}
+
+
+def check_choice(c, key, choices):
+    """Raises ValueError where c.key is none of the choices."""
+    if getattr(c, key) not in choices:
+        names = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{key} is {names}, not {getattr(c, key)!r}")
+
+
+def check_range(c, least, most, *keys):
+    """Raises ValueError where one of the options is not a finite number from least to most."""
+    for key in keys:
+        value = getattr(c, key)
+        if not (math.isfinite(value) and least <= value <= most):
+            bound = f"from {least} to {most}" if math.isfinite(most) else f"of at least {least}"
+            raise ValueError(f"{key} = {value} must be a number {bound}")
+
+
+def check_sampling(c, ranks):
+    """Raises ValueError where what train.Config and evaluate.Config have in common cannot work."""
+    check_choice(c, "rollout", ("torch", "vllm"))
+    check_choice(c, "dtype", ("float32", "bfloat16"))
+    check_range(c, 1, math.inf, "frames", "max_tokens", "vllm_length",
+                             "prompts_per_step", "answer_budget")
+    check_range(c, 0, math.inf, "seed", "max_pixels", "think_budget", "eval_samples",
+                             "pass_k", "cache_gb")
+    check_range(c, 0, 1, "format_weight", "vllm_memory")
+    if c.group_size < 2:
+        raise ValueError(f"group_size = {c.group_size}: a group needs at least 2 completions to "
+                         "compare")
+    if c.group_size % ranks.sp:
+        raise ValueError(f"group_size = {c.group_size} is not divisible by sp = {ranks.sp}: each "
+                         "sp rank samples its share")
+    if c.pass_k > c.group_size:
+        raise ValueError(f"pass_k = {c.pass_k} is more than group_size = {c.group_size}: pass@k is "
+                         "estimated from group_size answers")
+    if not c.force_answer and not c.think_budget:
+        raise ValueError("think_budget = 0 and force_answer = false leave no answer: no thought, "
+                         "and nothing written after it")

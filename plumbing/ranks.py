@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from tqdm import tqdm
 
 from flow import Ranks
 
@@ -172,6 +173,20 @@ def deal(costs, homes, n):
     return dealt
 
 
+def deal_groups(tokens, ranks):
+    """Groups over the dp groups, so that each has about as many tokens to train on (GLM-4.1V §5.4).
+
+    tokens: {slot: tokens}; the dp group slot % dp has it. -> {slot: dp group}, and how many times
+    the mean the fullest dp group has
+    """
+    homes = {slot: slot % ranks.dp for slot in tokens}
+    destination = deal(tokens, homes, ranks.dp)
+    loads = [0] * ranks.dp
+    for slot, n in tokens.items():
+        loads[destination[slot]] += n
+    return destination, max(loads) * ranks.dp / sum(loads)
+
+
 def prompt_tensors(prompt):
     return {name: x for name, x in vars(prompt).items() if isinstance(x, torch.Tensor)}
 
@@ -229,6 +244,14 @@ def gather(x, ranks):
 def merged(x, ranks):
     """The dicts of all ranks as one."""
     return {key: value for part in gather(x, ranks) for key, value in part.items()}
+
+
+def printer(ranks):
+    """-> a function that prints one line past the progress bars, on rank 0 alone."""
+    def say(line):
+        if ranks.rank == 0:
+            tqdm.write(line)
+    return say
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,0 +1,315 @@
+"""
+How good a checkpoint is: greedy accuracy and pass@k on held-out questions, over numbers of frames
+and thinking budgets. And how hard each question is for it, before training (GLM-4.1V §5.3).
+
+    python evaluate.py --model=out/model --eval_budgets=0,24,48,96
+    python evaluate.py --grade=true --model=out/model --data=my.jsonl --out_dir=graded
+
+The first prints tables, and one line of JSON last. The second writes graded/grades.jsonl, for
+train.py --grades=graded/grades.jsonl.
+"""
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
+
+import data
+import encode
+import model as vlm
+import rewards
+from curriculum import Curriculum
+from flow import Ranks, Run
+from plumbing import command_line
+from plumbing.grades import grade_line, read_grades
+from plumbing.metrics import mean
+from plumbing.plots import draw_sweep, eval_table
+from plumbing.ranks import gather, merged, on_first, printer, run_command, start
+from plumbing.sweep import sweep
+from plumbing.vllm_engine import import_vllm
+from rollout import budgets, rollout, room, start_engine
+
+
+@dataclass
+class Config:
+    model: str = "out/model"       # a Hugging Face directory or hub name
+    data: str = "toy"              # as for train.py: of it the held-out videos are asked about
+    eval_data: str = ""            # or else all of these
+    video_dir: str = ""            # where relative video paths begin; empty: beside the data file
+    cache_dir: str = ""            # vision tokens on disk, for other runs; empty: none
+    cache_gb: float = 4.0          # of vision tokens that each rank keeps in its machine's memory
+    out_dir: str = "out"           # of eval.png and grades.jsonl
+    seed: int = 0                  # of sampled answers
+    sp: int = 0                    # ranks that share one video; 0: all of this machine
+    stage2: bool = False           # shard the prefill over them too, when grading
+    dtype: str = "float32"         # or "bfloat16"
+    max_tokens: int = 16384        # most prefix positions in one forward
+    frames: int = 32               # a video
+    max_pixels: int = 0            # of a frame, after resizing; 0: the checkpoint's own bound
+    group_size: int = 8            # answers sampled to a question, for pass@k and for grades
+    prompts_per_step: int = 24     # questions graded at a time
+    think_budget: int = 96         # tokens
+    answer_budget: int = 16        # tokens after that
+    force_answer: bool = True      # false: a completion that thinks too long ends unanswered
+    format_weight: float = 0.1     # of the reward
+    verifiers: str = ""            # yours: "domain=my_file.py:function", several with commas
+    rollout: str = "torch"         # or "vllm"
+    vllm_length: int = 16384       # most tokens of a prompt and its completion
+    vllm_memory: float = 0.5       # its part of a GPU's memory
+    vllm_share: bool = False       # one engine over the sp ranks
+    eval_samples: int = 256        # at most
+    eval_frames: str = ""          # also at these numbers of frames, "16,64,256"
+    eval_budgets: str = ""         # also at these thinking budgets, "0,48,64-96" (64: the least)
+    pass_k: int = 0                # pass@k of group_size answers; 0: k is all of them
+    grades: str = ""               # a grades.jsonl: accuracy is told per tier of difficulty by it
+    grade: bool = False            # grade all questions, instead of evaluating
+
+
+# --------------------------------------------------------------------------------------------------
+# evaluation
+
+def pass_at(k, accuracies):
+    """The best of k answers, on average over all ways to choose k of these n: unbiased. For answers
+    that are right or wrong it is 1 - C(n - right, k) / C(n, k) (Chen et al. 2021, arXiv
+    2107.03374). Raises ValueError for k above n.
+
+    >>> pass_at(1, [1, 0, 0, 0]), pass_at(2, [1, 0, 0, 0])
+    (0.25, 0.5)
+    """
+    n = len(accuracies)
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {n} answers: k is 1 to {n}")
+    # In sorted order answer i is the best of those choices that take k - 1 of the i below it.
+    best = sum(a * math.comb(i, k - 1) for i, a in enumerate(sorted(accuracies)))
+    return best / math.comb(n, k)
+
+
+@dataclass
+class Answer:
+    """What an evaluation notes of one question: its greedy answer, and sampled ones."""
+    id: str
+    domain: str
+    accuracy: float
+    format: float
+    forced: bool
+    truncated: bool
+    length: int            # tokens
+    sampled: list          # accuracies of group_size sampled answers, if they were asked for
+
+
+def evaluate(run, samples, k=0, grades=None, think_least=0):
+    """Greedy accuracy and format, also per domain; with k, pass@1 and pass@k of group_size answers.
+
+    grades: {id: (correct, total)}, by which accuracy is told per tier of difficulty; without them
+    the answers sampled here serve. think_least: as for `rollout.sample`. Samples are dealt over the
+    dp groups; one that cannot be read or graded is dropped and counted. -> dict, on every rank
+    """
+    c, ranks = run.config, run.ranks
+    prompts, dropped = data.make_prompts(run, samples[ranks.dp_rank::ranks.dp],
+                                         room(run.tokenizer, **budgets(c)))
+    # Greedy decoding has no group to share out: each sp rank takes its own part of the prompts,
+    # unless one engine serves all of them.
+    one_engine = run.engine is not None and run.engine.shared
+    if not one_engine:
+        prompts = prompts[ranks.sp_rank::ranks.sp]
+    answers, ungraded = answer(run, prompts, k, think_least)
+    if one_engine and ranks.sp_rank:
+        answers, ungraded = [], {}
+    answers = [a for part in gather(answers, ranks) for a in part]
+    dropped = merged(dropped | ungraded, ranks)
+    if not answers:
+        why = next(iter(dropped.values()), "no samples are held out")
+        return {"samples": 0, "dropped": len(dropped), "why": why}
+    result = {"samples": len(answers), "dropped": len(dropped), "frames": c.frames,
+              "think_budget": c.think_budget, "think_least": think_least}
+    for key in ("accuracy", "format", "forced", "truncated", "length"):
+        result[key] = mean([float(getattr(a, key)) for a in answers])
+    forced = [a.accuracy for a in answers if a.forced]
+    result["forced_accuracy"] = mean(forced) if forced else None
+    if k:
+        for n in (1, k):
+            result[f"pass@{n}"] = mean([pass_at(n, a.sampled) for a in answers])
+    result["domains"] = {}
+    for domain in sorted({a.domain for a in answers}):
+        result["domains"][domain] = mean([a.accuracy for a in answers if a.domain == domain])
+    tiers = accuracy_by_tier(answers, grades, c.seed)
+    return result | {"tiers": tiers} if tiers else result
+
+
+def answer(run, prompts, k, think_least):
+    """Roll out and verify. prompts: [(Sample, Prompt)] -> list of `Answer`, {id: why not graded}"""
+    c = run.config
+    alone = Ranks(device=run.ranks.device)
+    how = budgets(c)
+    only_prompts = [prompt for _, prompt in prompts]
+    keys = [[("greedy",)] for _ in prompts]
+    greedy = rollout(run.model, run.tokenizer, only_prompts, keys, alone, c.max_tokens,
+                     engine=run.engine, greedy=True, **how | {"think_least": think_least})
+    sampled = [[] for _ in prompts]
+    if k:
+        keys = [[(c.seed, "eval", sample.id, n) for n in range(c.group_size)]
+                for sample, _ in prompts]
+        sampled = rollout(run.model, run.tokenizer, only_prompts, keys, alone, c.max_tokens,
+                          engine=run.engine, **how)
+    answers, ungraded = [], {}
+    for (sample, _), [completion], others in zip(prompts, greedy, sampled):
+        graded, why = rewards.verify(sample, [completion, *others], c.format_weight)
+        if why:
+            ungraded[sample.id] = why
+            continue
+        answers.append(Answer(sample.id, sample.domain, graded[0].accuracy, graded[0].format,
+                              completion.forced, completion.truncated, len(completion.tokens),
+                              [reward.accuracy for reward in graded[1:]]))
+    return answers, ungraded
+
+
+def accuracy_by_tier(answers, grades, seed):
+    """-> five of {"samples", "accuracy"}, hard to easy; [] where no difficulty is known"""
+    grades = grades or {a.id: (sum(a.sampled), len(a.sampled)) for a in answers if a.sampled}
+    difficulty = Curriculum([a.id for a in answers], seed, grades)
+    if not difficulty.recent:
+        return []
+    tiers = [[] for _ in range(5)]
+    for a in answers:
+        if a.id in difficulty.recent:
+            tiers[difficulty.tier(a.id)].append(a.accuracy)
+    return [{"samples": len(tier), "accuracy": mean(tier)} for tier in tiers]
+
+
+def for_the_log(run, samples, title):
+    """Greedy accuracy on held-out samples: said, and returned as keys of metrics.jsonl."""
+    if not run.config.eval_every or not samples:
+        return {}
+    result = evaluate(run, samples)
+    if not result["samples"]:
+        run.say(f"{title}: no held-out sample could be read ({result['why']})")
+        return {}
+    domains = ", ".join(f"{d} {accuracy:.1%}" for d, accuracy in result["domains"].items())
+    run.say(f"{title}: held-out accuracy {result['accuracy']:.1%}, format {result['format']:.1%}, "
+            f"{domains} ({result['samples']} samples)")
+    record = {"eval_accuracy": result["accuracy"], "eval_format": result["format"]}
+    for domain, accuracy in result["domains"].items():
+        record[f"eval_accuracy_{domain}"] = accuracy
+    return record
+
+
+# --------------------------------------------------------------------------------------------------
+# grading
+
+def grade(run, samples):
+    """Sample group_size answers to each sample that out_dir/grades.jsonl does not have yet, and add
+    a line for it. One that cannot be read or graded is named and gets no line.
+
+    prompts_per_step samples at a time are dealt over the dp groups.
+    """
+    c, ranks = run.config, run.ranks
+    path = os.path.join(c.out_dir, "grades.jsonl")
+    name = os.path.realpath(c.model) if os.path.isdir(c.model) else c.model
+    grades = read_grades(path, samples, name) if os.path.exists(path) else {}
+    gather(None, ranks)                                    # all have read it before rank 0 writes
+    if ranks.rank == 0:
+        begin_grades(path)
+    missing = [sample for sample in samples if sample.id not in grades]
+    failed = 0
+    bar = tqdm(total=len(samples), initial=len(grades), desc="grade", dynamic_ncols=True,
+               disable=ranks.rank != 0)
+    for at in range(0, len(missing), c.prompts_per_step):
+        part = missing[at:at + c.prompts_per_step]
+        correct, reasons = grade_part(run, part)
+        for id, why in reasons.items():
+            run.say(f"not graded {id}: {why}")
+        failed += len(reasons)
+        if ranks.rank == 0:
+            with open(path, "a", encoding="utf-8") as f:
+                for sample in part:
+                    if sample.id in correct:
+                        f.write(grade_line(sample, correct[sample.id], c.group_size, name))
+        for id, right in correct.items():
+            grades[id] = [right, c.group_size]
+        bar.update(len(part))
+    bar.close()
+    graded = Curriculum([sample.id for sample in samples if sample.id in grades], c.seed, grades)
+    counts = ", ".join(map(str, graded.census()[0]))
+    run.say(f"{path}: {len(grades)} graded, {failed} not; hard to easy, in five tiers: {counts}")
+
+
+def begin_grades(path):
+    """Make the folder; cut off a last line that was being written when a run was killed."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    if os.path.exists(path):
+        with open(path, "rb+") as f:
+            f.truncate(f.read().rfind(b"\n") + 1)
+
+
+def grade_part(run, samples):
+    """-> {id: sum of accuracies of group_size answers}, {id: why it is not graded}, of all ranks"""
+    c, ranks = run.config, run.ranks
+    prompts, dropped = data.make_prompts(run, samples[ranks.dp_rank::ranks.dp],
+                                         room(run.tokenizer, **budgets(c)))
+    keys = [[(c.seed, "grade", sample.id, n) for n in range(c.group_size)] for sample, _ in prompts]
+    completions = rollout(run.model, run.tokenizer, [prompt for _, prompt in prompts], keys, ranks,
+                          c.max_tokens, c.stage2, run.engine, **budgets(c))
+    verdicts = on_first(lambda: [rewards.verify(sample, answers, c.format_weight)
+                                 for (sample, _), answers in zip(prompts, completions)], ranks)
+    correct = {}
+    for (sample, _), (graded, why) in zip(prompts, verdicts):
+        if why:
+            dropped[sample.id] = why
+        else:
+            correct[sample.id] = sum(reward.accuracy for reward in graded)
+    return merged(correct, ranks), merged(dropped, ranks)
+
+
+# --------------------------------------------------------------------------------------------------
+# the command
+
+def main(c):
+    ranks = start(c.sp, command_line.to_compare(c))
+    command_line.check_sampling(c, ranks)
+    settings = sweep(c)
+    say = printer(ranks)
+    train, held_out = data.load_questions(c, say)
+    to_grade = train if c.eval_data else held_out + train  # held out first: an evaluation uses them
+    grades = read_grades(c.grades, held_out if c.eval_data else to_grade) if c.grades else {}
+    run = load_run(c, ranks, say)
+    if c.grade:
+        return grade(run, to_grade)
+    result = evaluate(run, held_out[:c.eval_samples], c.pass_k or c.group_size, grades)
+    if not result["samples"]:
+        raise ValueError(f"no sample could be evaluated: {result['why']}")
+    rows = []
+    for s in tqdm(settings, desc="eval", disable=ranks.rank != 0 or not settings):
+        other = replace(c, frames=s.frames, think_budget=s.think_budget)
+        rows.append(evaluate(replace(run, config=other), held_out[:c.eval_samples],
+                             think_least=s.think_least))
+    if ranks.rank == 0:
+        print(eval_table(result, rows))
+        if rows:
+            os.makedirs(c.out_dir, exist_ok=True)
+            draw_sweep(rows, os.path.join(c.out_dir, "eval.png"))
+            print(f"{c.out_dir}/eval.png")
+        print(json.dumps(result | {"rows": rows} if rows else result), flush=True)
+
+
+def load_run(c, ranks, say):
+    """The checkpoint c.model, with the sampler that is asked for. -> `Run`"""
+    if c.rollout == "vllm":
+        import_vllm()                                      # not found: say so before loading
+    dtype = getattr(torch, c.dtype)
+    model, tokenizer = vlm.load(c.model, ranks.device, dtype, c.max_pixels, c.seed)
+    if c.grade and c.stage2:
+        text = model.config.text_config
+        encode.check_heads(text.num_attention_heads, text.num_key_value_heads, ranks)
+    engine = None
+    if c.rollout == "vllm":
+        engine = start_engine(c.model, model, tokenizer, ranks, c.vllm_length, c.vllm_memory,
+                              c.vllm_share)
+    return Run(c, ranks, say, model, tokenizer, vlm.banned_ids(model, tokenizer),
+               encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write), engine=engine)
+
+
+if __name__ == "__main__":
+    run_command("evaluate.py", lambda: main(command_line.parse(Config, __doc__, sys.argv[1:])))

@@ -1,0 +1,116 @@
+"""
+Micro-batches: the groups of an optimizer step, cut into forwards of at most so many tokens.
+"""
+from dataclasses import dataclass, replace
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.rnn import pad_sequence
+
+from flow import Completion, Group, Prompt, Ranks
+from plumbing.ranks import gather, shard
+
+
+@dataclass
+class Batch:
+    """The groups of one forward: B prompts, N completions in all, padded to L tokens."""
+    prompts: list               # B of `Prompt`
+    tokens: list                # B lists of long [L]
+    old_logprobs: torch.Tensor  # [N, L] float32, under the sampler
+    sampled: torch.Tensor       # [N, L] bool; False where forced, and beyond a completion's end
+    advantages: torch.Tensor    # [N] float32
+
+
+def micro_batches(groups, max_tokens, run, longest_first=True):
+    """Yields the groups as `Batch`es of at most max_tokens positions, padding included. A group
+    that alone has more is a batch of its own.
+
+    Longest first, little is padded, and no other order has fewer batches. Inside a batch the groups
+    stay in their order. Sharded parameters are gathered by all ranks at once: then every rank gets
+    as many batches as the one with the most, and the last ones may have weight zero.
+    """
+    order = list(range(len(groups)))
+    if longest_first:
+        order.sort(key=lambda i: group_length(groups[i]), reverse=True)
+    parts = list(cut(order, lambda i: group_length(groups[i]), max_tokens))
+    missing = 0
+    if isinstance(run.model, FSDPModule):
+        missing = max(gather(len(parts), run.ranks)) - len(parts)
+    for part in parts:
+        yield make_batch([groups[i] for i in sorted(part)], run.ranks.device)
+    for _ in range(missing):
+        yield make_batch([weightless_group(run)], run.ranks.device)
+
+
+def cut(items, length, most):
+    """Cut items, in order, into runs of which (items x the longest) is at most `most`."""
+    run, longest = [], 0
+    for item in items:
+        longest = max(longest, length(item))
+        if run and (len(run) + 1) * longest > most:
+            yield run
+            run, longest = [], length(item)
+        run.append(item)
+    if run:
+        yield run
+
+
+def group_length(group):
+    """Positions of a group in the packed sequence: its prefix, and all its completions."""
+    return len(group.prompt.ids) + sum(len(x.tokens) for x in group.completions)
+
+
+def make_batch(groups, device):
+    completions = [x for group in groups for x in group.completions]
+    old_logprobs = pad_sequence([x.logprobs for x in completions], batch_first=True)       # [N, L]
+    sampled = pad_sequence([x.sampled for x in completions], batch_first=True)             # [N, L]
+    return Batch(prompts=[group.prompt for group in groups],
+                 tokens=[[x.tokens for x in group.completions] for group in groups],
+                 old_logprobs=old_logprobs.to(device),
+                 sampled=sampled.to(device),
+                 advantages=torch.cat([group.advantages for group in groups]).to(device))
+
+
+def weightless_group(run):
+    """One token after a prompt of one token, marked as not sampled: its loss and gradient are 0."""
+    device, features = run.banned.device, run.model.config.text_config.hidden_size
+    token = run.banned.int().argmin()[None]        # one that is not banned: no log-prob of -inf
+    prompt = Prompt(ids=token,
+                    positions=token.new_zeros(3, 1),
+                    vision=torch.zeros(0, features, device=device),
+                    grids=[])
+    return one_completion(None, prompt, token, torch.zeros(1, dtype=torch.bool, device=device))
+
+
+def taught_group(sample, prompt, tokens):
+    """A text that a teacher wrote, as the only completion of its prompt. tokens: long [L]"""
+    return one_completion(sample, prompt, tokens, torch.ones(len(tokens), dtype=torch.bool))
+
+
+def one_completion(sample, prompt, tokens, sampled):
+    completion = Completion(tokens, sampled, torch.zeros(len(tokens), device=tokens.device),
+                            text="", forced=False, truncated=False)
+    return Group(0, sample, prompt, [completion], advantages=torch.ones(1))
+
+
+def token_counts(slots, facts):
+    """{slot: positions of its packed sequence}: what training on it costs."""
+    counts = {}
+    for slot in slots:
+        counts[slot] = facts[slot][0]["prefix"] + sum(x["length"] for x in facts[slot])
+    return counts
+
+
+def rank_share(groups, c, ranks):
+    """The completions of each group that this rank trains on: all of them where the sequence is
+    sharded (stage 2), else 1/sp."""
+    if c.stage2:
+        return groups
+    lo, hi = shard(c.group_size, ranks.sp_rank, ranks.sp)
+    return [replace(group, completions=group.completions[lo:hi], advantages=group.advantages[lo:hi])
+            for group in groups]
+
+
+def sharers(c, ranks):
+    """The ranks that share each packed sequence: with stage 2 those of the sp group."""
+    return ranks if c.stage2 else Ranks()

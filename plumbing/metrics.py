@@ -1,0 +1,181 @@
+"""
+What a run measures of itself: seconds by phase, sums over trained tokens, one line of JSON a step.
+"""
+import json
+import math
+import os
+import resource
+import time
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+
+from plumbing.ranks import gather
+
+
+def mean(xs):
+    return sum(xs) / len(xs) if xs else 0.0
+
+
+class Clock:
+    """Seconds by phase: `with clock("encode"): ...`"""
+
+    def __init__(self):
+        self.seconds = {}
+
+    @contextmanager
+    def __call__(self, phase):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class Meter:
+    """Sums over the tokens that an RL step trains on, for each of its optimizer steps.
+
+    Gap: of the sampler's and the trainer's log-prob of a sampled token.
+    """
+    KEYS = ("tokens", "entropy", "clip_low", "clip_high", "gap", "gap_max")
+
+    def __init__(self):
+        self.mine = dict.fromkeys(self.KEYS, 0.0)      # of this rank, in the optimizer step so far
+        self.updates = []                              # of all ranks, one dict an optimizer step
+
+    def add(self, batch, logprobs, entropy, clipped):
+        """A micro-batch. logprobs, entropy: [N, L]; clipped: the metrics of `grpo.policy_loss`"""
+        gap = (logprobs.detach() - batch.old_logprobs)[batch.sampled].abs()            # [tokens]
+        for key, value in clipped.items():
+            self.mine[key] += value
+        self.mine["entropy"] += float(entropy[batch.sampled].sum())
+        self.mine["gap"] += float(gap.sum())
+        if len(gap):
+            self.mine["gap_max"] = max(self.mine["gap_max"], float(gap.max()))
+
+    def end_update(self, ranks, stage2):
+        """Sum over all ranks. With stage 2 each sp rank has the same tokens: one of them counts."""
+        if stage2 and ranks.sp_rank:
+            self.mine = dict.fromkeys(self.KEYS, 0.0)
+        of_rank = gather(self.mine, ranks)
+        total = {key: sum(m[key] for m in of_rank) for key in self.KEYS}
+        total["gap_max"] = max(m["gap_max"] for m in of_rank)
+        self.updates.append(total)
+        self.mine = dict.fromkeys(self.KEYS, 0.0)
+
+    def mean(self, key):
+        """Of all tokens that were trained on; 0 if there were none."""
+        tokens = sum(total["tokens"] for total in self.updates)
+        return sum(total[key] for total in self.updates) / max(1.0, tokens)
+
+    def sampler_gap(self):
+        """-> (mean, largest) before the first update, when the sampler is the trainer."""
+        if not self.updates:
+            return 0.0, 0.0
+        first = self.updates[0]
+        return first["gap"] / max(1.0, first["tokens"]), first["gap_max"]
+
+
+# Between sampler and trainer, in log-prob, on average over a step: more is no rounding error.
+MOST_GAP = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+def check_gap(gap, dtype):
+    """gap: sampler against trainer, mean difference in log-prob. Raises ValueError where it is more
+    than rounding."""
+    if not gap <= MOST_GAP[dtype]:
+        raise ValueError(
+            f"sampler and trainer differ by {gap:.2g} in log-prob on average, more than "
+            f"{MOST_GAP[dtype]:g}: they are not one model. Likely causes: positions computed in "
+            "two ways, weights that were not reloaded after an update, two lists of banned ids, or "
+            "another precision in the sampler")
+
+
+class Log:
+    """metrics.jsonl: one line a step, written by rank 0."""
+
+    def __init__(self, path, ranks, count=0):
+        """count: lines to keep of a run that goes on; what it logged later it will log again."""
+        self.path, self.ranks, self.count, self.lines = path, ranks, count, []
+        if ranks.rank:
+            return
+        if count:
+            with open(path) as f:
+                self.lines = f.readlines()[:count]
+        with open(path + ".tmp", "w") as f:
+            f.writelines(self.lines)
+        os.replace(path + ".tmp", path)
+
+    def write(self, stage, step, **values):
+        self.count += 1
+        if self.ranks.rank:
+            return
+        for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[key] = None                     # JSON has no nan
+        row = {"step": step, "stage": stage, **values, "peak_mb": round(peak_bytes() / 2 ** 20)}
+        self.lines.append(json.dumps(row) + "\n")
+        with open(self.path, "a") as f:
+            f.write(self.lines[-1])
+
+
+def peak_bytes():
+    """The most memory so far: of this rank's GPU, or else of its process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --------------------------------------------------------------------------------------------------
+# what is said and logged of an RL step
+
+def summary(facts, drawn, meter, clock):
+    """What is logged of all completions of a step. facts: {slot: `describe`} of all dp groups"""
+    rows = [row for slot in facts for row in facts[slot]]
+    record = {}
+    for key in ("reward", "accuracy", "format", "length", "forced", "truncated"):
+        record[key] = mean([float(row[key]) for row in rows])
+    for key in ("entropy", "clip_low", "clip_high"):
+        record[key] = meter.mean(key)
+    for domain in sorted({drawn[slot].domain for slot in facts}):
+        rows = [row for slot in facts if drawn[slot].domain == domain for row in facts[slot]]
+        answers = Counter(row["answer"] for row in rows if row["answer"] is not None)
+        record[f"accuracy_{domain}"] = mean([row["accuracy"] for row in rows])
+        record[f"length_{domain}"] = mean([row["length"] for row in rows])
+        # Near 1 a verifier is fooled by one answer to everything.
+        record[f"same_answer_{domain}"] = max(answers.values(), default=0) / len(rows)
+    for phase, seconds in clock.seconds.items():
+        record[f"{phase}_s"] = round(seconds, 4)
+    return record
+
+
+def warn_of_shortage(run, step, kept, signal, graded, capped):
+    """Say so where a step has clearly fewer groups to learn from than it wants."""
+    c = run.config
+    if not kept:
+        run.say(f"RL {step + 1}: no group has answers that differ in accuracy; nothing to learn "
+                "from, step skipped")
+    few = 4 * kept < 3 * c.prompts_per_step                # a few too few is chance
+    if c.oversample_cap > 1 and (capped or few):
+        why = ""
+        if capped:
+            why = (f": at that rate more than oversample_cap = {c.oversample_cap:g} times as many "
+                   "would have to be asked")
+        run.say(f"RL {step + 1}: {kept} groups to learn from, {c.prompts_per_step} wanted; "
+                f"{signal} of {graded} had signal{why}")
+
+
+def show(run, step, groups, ungraded):
+    """On the screen: groups that were not graded, and every show_every steps a completion."""
+    c = run.config
+    for id, why in ungraded.items():
+        run.say(f"RL {step + 1}: not graded {id}: {why}")
+    if not groups or not c.show_every or step % c.show_every:
+        return
+    group = groups[0]
+    totals = " ".join(f"{reward.total:.1f}" for reward in group.rewards)
+    run.say(f"\n--- RL {step + 1}, {group.sample.id}: {group.sample.question}\n"
+            f"{group.completions[0].text}\n"
+            f"--- right: {group.sample.answer}; reward {group.rewards[0].total:.2f}; "
+            f"the group's rewards {totals}\n")

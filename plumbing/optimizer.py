@@ -1,0 +1,107 @@
+"""
+AdamW over the weights that train, and one update: sum the gradients over all ranks, clip, step.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from plumbing.sharding import like
+
+BUCKET = 1 << 24       # gradients that are summed over the ranks in one message
+
+
+def make_optimizer(model, lr):
+    """AdamW over the weights that train. Of bfloat16 weights it updates float32 copies, since the 8
+    bits of a bfloat16 would round an update of 1e-6 away."""
+    weights = []
+    for p in model.parameters():
+        if p.requires_grad:
+            weights.append(p if p.dtype == torch.float32 else p.detach().float())
+    # On a GPU one kernel. The default there would make one more copy of all weights on the way.
+    fused = True if weights[0].is_cuda else None
+    return torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.0, fused=fused)
+
+
+def restore(optimizer, moments, copies):
+    """The state of an optimizer as it was saved; of sharded weights each rank takes its part.
+
+    moments: its state_dict; copies: the float32 copies of bfloat16 weights, empty for float32.
+    """
+    [group] = optimizer.param_groups
+    weights = group["params"]
+    state = {}
+    for i, of_weight in moments["state"].items():
+        state[i] = {name: like(x, weights[i]) for name, x in of_weight.items()}
+    optimizer.load_state_dict(moments | {"state": state})
+    with torch.no_grad():
+        for weight, copy in zip(group["params"], copies):
+            weight.copy_(like(copy, weight))
+
+
+def sum_gradients(gradients):
+    """Sum each gradient over all ranks, in place: a few large messages cost less than many small.
+    The sum is in float32, since bfloat16 would round it at every rank."""
+    for bucket in buckets(gradients):
+        flat = torch.cat([g.flatten() for g in bucket]).float()
+        dist.all_reduce(flat)
+        parts = flat.split([g.numel() for g in bucket])
+        for g, summed in zip(bucket, parts):
+            g.copy_(summed.view_as(g))
+
+
+def buckets(gradients):
+    """Runs of gradients of at most BUCKET numbers together, or of one that has more."""
+    bucket, size = [], 0
+    for g in gradients:
+        if bucket and size + g.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(g)
+        size += g.numel()
+    if bucket:
+        yield bucket
+
+
+def update(model, optimizer, lr, ranks):
+    """Sum the gradients over all ranks, clip their norm at 1, step, and clear them.
+
+    -> the norm before clipping. Where it is not finite the step was skipped.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if ranks.world > 1 and not isinstance(model, FSDPModule):          # FSDP has summed its own
+        sum_gradients([p.grad for p in parameters])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+    norm = float(norm)
+    if math.isfinite(norm):
+        [group] = optimizer.param_groups
+        group["lr"] = lr
+        copies = [(p, copy) for p, copy in zip(parameters, group["params"]) if copy is not p]
+        for p, copy in copies:
+            copy.grad = p.grad.float()
+            p.grad = None              # one weight at a time: never both gradients of all weights
+        optimizer.step()
+        with torch.no_grad():
+            for p, copy in copies:
+                p.copy_(copy)
+    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
+    return norm
+
+
+def warmed_up(n, warmup):
+    """The factor of the learning rate at optimizer step n, counted from 0: it rises linearly."""
+    return min(1, (n + 1) / max(1, warmup))
+
+
+def falling(step, steps):
+    """The factor by which the learning rate falls, linearly to a tenth, over a stage's steps."""
+    return max(0.1, 1 - step / steps)

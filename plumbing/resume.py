@@ -1,0 +1,141 @@
+"""
+A run's own checkpoints: written whole, found again, refused where they belong to another run.
+"""
+import os
+import pickle
+import shutil
+from dataclasses import asdict
+
+import torch
+from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
+
+from plumbing.checkpoints import save_pretrained
+from plumbing.command_line import MAY_CHANGE
+from plumbing.ranks import gather
+from plumbing.sharding import weights
+
+
+def newest(out_dir):
+    """The directory of the newest whole checkpoint in out_dir, or None. Raises ValueError where the
+    link to it leads nowhere."""
+    link = os.path.join(out_dir, "model")
+    if os.path.lexists(link) and not os.path.exists(link):
+        raise ValueError(f"{link} leads to a checkpoint that is gone, {os.path.realpath(link)}: "
+                         "point it to an older ckpt-N, or remove it to begin anew")
+    return os.path.realpath(link) if os.path.exists(link) else None
+
+
+def find(out_dir, ranks):
+    """`newest`, the same on all ranks; else ValueError."""
+    found = newest(out_dir)
+    if len(set(gather(found and os.path.basename(found), ranks))) > 1:
+        raise ValueError(f"not all ranks find the same checkpoint in {out_dir}: "
+                         "several machines need one that they share")
+    return found
+
+
+def read_state(checkpoint, config, mmap):
+    """The training state of a checkpoint of this run. Raises ValueError where it is damaged or of
+    another configuration. mmap: read tensors when they are used."""
+    path = os.path.join(checkpoint, "training_state.pt")
+    try:
+        state = torch.load(path, weights_only=False, map_location="cpu", mmap=mmap)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        cause = " ".join(str(e).split())[:200]
+        raise ValueError(f"{path}: damaged ({cause}). Point the link {config.out_dir}/model to an "
+                         "older ckpt-N, or choose another --out_dir") from e
+    check_same_run(config, state["config"], checkpoint)
+    return state
+
+
+def check_same_run(config, saved, where):
+    """A run goes on only with the configuration that it was started with, but for the keys in
+    MAY_CHANGE. A key that an older commit did not have counts as its default."""
+    mine, default = asdict(config), asdict(type(config)())
+    differ = []
+    for key, value in mine.items():
+        if key not in MAY_CHANGE and saved.get(key, default[key]) != value:
+            differ.append(key)
+    # Without eval_data a part of data is held out; with it that part is trained on.
+    if bool(config.eval_data) != bool(saved["eval_data"]):
+        differ.append("eval_data")
+    if differ:
+        values = [f"{key} = {saved.get(key, default[key])!r} there, {mine[key]!r} here"
+                  for key in differ]
+        raise ValueError(f"{where} belongs to another configuration: {', '.join(values)}. "
+                         "Choose another --out_dir, or give the same values")
+
+
+def save(run, state):
+    """Write a checkpoint: rank 0 writes, and all ranks raise OSError where it could not.
+
+    state: the training state, which all ranks have. Sharded tensors are gathered to rank 0's CPU
+    one at a time.
+    """
+    whole_weights, error = None, None
+    if isinstance(run.model, FSDPModule):
+        def on_rank_0(x):
+            return x.cpu() if run.ranks.rank == 0 else None
+
+        state = tree_map_only(DTensor, lambda x: on_rank_0(x.full_tensor()), state)
+        whole_weights = {name: on_rank_0(w) for name, w in weights(run.model)}
+    if run.ranks.rank == 0:
+        try:
+            write(run.config.out_dir, run.model, run.tokenizer, state, whole_weights)
+        except OSError as e:
+            error = e
+    error = gather(error, run.ranks)[0]
+    if error:
+        raise error
+
+
+def write(out_dir, model, tokenizer, state, whole_weights=None):
+    """Write ckpt-N whole under another name, sync it, rename it; then move the link `model`. At no
+    moment is the last good checkpoint gone.
+
+    whole_weights: {name: tensor} where the model's own are sharded. Raises OSError where the disk
+    is full, the half-written directory removed.
+    """
+    name = f"ckpt-{state['step']}"
+    half = os.path.join(out_dir, name + ".tmp")
+    whole = os.path.join(out_dir, name)
+    link = os.path.join(out_dir, "model")
+    shutil.rmtree(half, ignore_errors=True)
+    try:
+        os.makedirs(half)
+        save_pretrained(model, tokenizer, half, whole_weights)
+        torch.save(state, os.path.join(half, "training_state.pt"))
+        sync(half)
+        shutil.rmtree(whole, ignore_errors=True)           # a leftover the link never pointed to
+        os.rename(half, whole)
+        if os.path.lexists(link + ".tmp"):                 # a run was killed between these lines
+            os.remove(link + ".tmp")
+        os.symlink(name, link + ".tmp")
+        os.replace(link + ".tmp", link)
+    except (OSError, SafetensorError, RuntimeError) as e:  # torch.save says RuntimeError if full
+        shutil.rmtree(half, ignore_errors=True)
+        raise OSError(f"could not write checkpoint {whole}: {e}. The last good one is "
+                      f"{newest(out_dir) or 'none'}; make room and start again with the same "
+                      "out_dir") from e
+    remove_older(out_dir, keep=(state["step"], state["previous"]))
+
+
+def sync(folder):
+    """Wait until all files of a folder, and the folder itself, are on the disk."""
+    for parent, _, files in os.walk(folder):
+        for path in [*(os.path.join(parent, file) for file in files), parent]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def remove_older(out_dir, keep):
+    """Remove all checkpoints but those of two steps: the one before the newest stays, in case the
+    newest is damaged."""
+    for name in os.listdir(out_dir):
+        step = name.removeprefix("ckpt-")
+        if name.startswith("ckpt-") and step.isdigit() and int(step) not in keep:
+            shutil.rmtree(os.path.join(out_dir, name))
