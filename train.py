@@ -66,6 +66,7 @@ import encode
 import grpo
 import model as vlm
 import rewards
+import toy
 from flow import Group
 from plumbing.ranks import explain as machine_error, gather, merged, send_groups as move
 from curriculum import Curriculum, balanced, grade_line, has_signal, read_grades
@@ -851,7 +852,7 @@ def main(c):
     # Align and cold start: next-token loss on given texts. Only a tower made from nothing trains, and only here.
     stage2 = c.stage2 and not made                         # a tower that trains is small, and sees other videos on each rank
     tower.requires_grad_(made)
-    taught, parts = [s.id for s in train if s.thought], data.toy_parts(c.data)
+    taught, parts = [s.id for s in train if s.thought], toy.parse_parts(c.data)
     for stage, steps in (("align", c.align_steps if made else 0), ("sft", c.sft_steps)):
         started = begin(stage, steps, c.sft_lr, taught if stage == "sft" else ["any"], "no sample has a thought to learn from")
         if not started:
@@ -860,7 +861,7 @@ def main(c):
         for step in todo:
             start = time.perf_counter()
             if stage == "align":
-                batch = [data.toy_description(c.seed, step * c.sft_batch + i, step / steps, parts) for i in range(c.sft_batch)]
+                batch = [toy.make_description(c.seed, step * c.sft_batch + i, step / steps, parts) for i in range(c.sft_batch)]
             else:
                 batch = [by_id[id] for id in curriculum.draw(c.sft_batch)]
             if made:
