@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 import data
 import encode
 import model as vlm
+import toy
 from flow import Completion
 from plumbing.ranks import leave
 
@@ -367,10 +368,10 @@ def main():
     args.add_argument("--dtype", default="", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     args.add_argument("--sample", type=int, default=-1, metavar="SEED", help="sample with this seed instead of greedily")
     args = args.parse_args()
-    question, toy = args.question, None
+    question, built_in = args.question, None
     if not question and args.video.startswith("toy:"):
-        toy = data.toy_sample(data.toy_name(args.video)[0])
-        question = toy.question
+        built_in = toy.make_sample(toy.parse_path(args.video)[0])
+        question = built_in.question
     if not question:
         raise ValueError("--question is missing")
     for name, least in (("frames", 1), ("max_pixels", 0), ("think_budget", 0), ("think_least", 0), ("answer_budget", 1)):
@@ -389,8 +390,8 @@ def main():
     notes = [note for note, is_so in (("thinking budget ran out: answer forced", completion.forced),
                                       ("answer budget ran out", completion.truncated)) if is_so]
     print(f"\n\n{len(completion.tokens)} tokens" + "".join(f"; {note}" for note in notes))
-    if toy:
-        print(f"right: {toy.answer}")
+    if built_in:
+        print(f"right: {built_in.answer}")
 
 
 if __name__ == "__main__":

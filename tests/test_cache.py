@@ -29,6 +29,7 @@ from PIL import Image
 import data
 import encode
 import model as vlm
+import toy
 import train
 from curriculum import Curriculum
 
@@ -139,7 +140,7 @@ def test_a_folder_is_its_pictures_in_order(tmp_path):
 def test_a_built_in_video_is_its_frames():
     prints = [data.fingerprint(v) for v in ("toy:1", "toy:2", "toy:1:2", "toy:1:3")]
     assert len(set(prints)) == 4 and data.fingerprint("toy:1") == prints[0]
-    assert prints[2] == hashlib.sha256(data.toy_frames(1)[:4]).hexdigest()
+    assert prints[2] == hashlib.sha256(toy.draw_frames(1)[:4]).hexdigest()
 
 
 @pytest.mark.parametrize("path", ["missing.mp4", "empty", "toy:x"])

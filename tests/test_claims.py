@@ -18,6 +18,7 @@ import encode
 import grpo
 import model as vlm
 import rollout
+import toy
 import train
 from curriculum import Curriculum
 
@@ -59,7 +60,7 @@ def test_every_row_of_the_claims_table_is_a_command_that_train_understands():
         for line in (arguments, claims.LOOKS.get(name, "")):
             c = train.parse([x for x in line.split() if not x.startswith("--kl=")])
             train.check(c, encode.Ranks())
-            data.toy_parts(c.data)
+            toy.parse_parts(c.data)
     for _, _, _, a, sign, b in claims.CLAIMS:
         assert {a, *([b] if isinstance(b, str) else b)} <= claims.RUNS.keys() and sign in "<>="
 

@@ -27,6 +27,7 @@ import encode
 import model as vlm
 import rewards
 import rollout
+import toy
 
 ROOT = Path(__file__).parent.parent
 
@@ -699,7 +700,7 @@ def test_the_seed_of_the_command_decides(checkpoint, monkeypatch, capsys):
     for seed in ("--sample=1", "--sample=1", "--sample=2", "--sample=-1"):
         in_here(monkeypatch, f"--model={checkpoint}", "--video=toy:3", "--frames=4", "--think_budget=9", "--answer_budget=3", seed)
         said.append(capsys.readouterr().out)
-    assert data.toy_sample(3).question in said[0]
+    assert toy.make_sample(3).question in said[0]
     assert said[0] == said[1] and len(set(said)) == 3
 
 

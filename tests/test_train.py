@@ -32,6 +32,7 @@ import data
 import encode
 import grpo
 import model as vlm
+import toy
 import train
 from rollout import Completion, rollout, room
 
@@ -363,7 +364,7 @@ def one_step_of_each_kind(ranks, checkpoint, questions):
         model, tokenizer = vlm.load("tiny" if name == "align" else checkpoint, seed=3)
         banned = vlm.banned_ids(model, tokenizer)
         if name == "align":
-            batch = [data.toy_description(5, i, 1.0) for i in range(5)]             # five: the ranks' shares differ
+            batch = [toy.make_description(5, i, 1.0) for i in range(5)]             # five: the ranks' shares differ
             prompts, _ = train.watched_prompts(model, tokenizer, batch[ranks.rank::ranks.world], c, ranks)
             loss = train.sft_step(model, tokenizer, prompts, [s.thought for s, _ in prompts], c, ranks, banned)
             out[name] = loss, *caught(model, ranks)
@@ -1210,7 +1211,7 @@ def test_the_cold_starts_moments_are_gone_when_rl_begins(run, tmp_path, monkeypa
 
 def test_data_of_which_all_is_held_out_is_refused(tmp_path, monkeypatch):
     """The run said that no sample had a thought, trained on nothing and was done."""
-    seed = next(i for i in range(999) if not data.split([data.toy_sample(str(i))])[0])
+    seed = next(i for i in range(999) if not data.split([toy.make_sample(str(i))])[0])
     how = {**SMALL, "data": write(tmp_path / "one.jsonl", question(seed)), "out_dir": tmp_path / "out"}
     line = script(monkeypatch, *flags(**how))
     assert "one.jsonl: all 1 samples are held out" in line and "--eval_data" in line and not (tmp_path / "out").exists()
