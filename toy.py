@@ -14,15 +14,21 @@ mend that. Only a verified reward can, because it compares with the gold answer.
     python toy.py --out=assets/toy.png    draws films with their questions, thoughts and answers
 """
 import hashlib
+import math
 import random
 import re
 import sys
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 
+import model as vlm
 from flow import Sample, VideoError
+from plumbing import optimizer
 from plumbing.command_line import parse
 from plumbing.frames import make_video, pick
 
@@ -285,6 +291,67 @@ def make_description(seed, number, progress, parts=CATEGORIES):
         lines.append(f"{i} {colour} {shape} {story.letters[i] if story.letters else place}")
     return Sample(f"describe-{seed}", "Describe every moment.", "", "open", f"toy:{name}:{length}",
                   "\n".join(lines))
+
+
+# --------------------------------------------------------------------------------------------------
+# how the tiny model learns to see
+
+def align(run, stage, teach, parts):
+    """Next-token loss on descriptions of every moment, by which the tower of a model that was made
+    from nothing learns to see. The videos grow longer while it learns.
+
+    teach(run, prompts, texts) does forward and backward, -> the loss; parts: see `make_description`.
+    """
+    c, ranks = run.config, run.ranks
+    for step in stage:
+        start_time = time.perf_counter()
+        first = step * c.sft_batch
+        samples = [make_description(c.seed, first + i, step / c.align_steps, parts)
+                   for i in range(c.sft_batch)]
+        with trained_tower(run, samples[ranks.rank::ranks.world], open_video) as (prompts, _):
+            loss = teach(run, prompts, [sample.thought for sample, _ in prompts])
+        lr = c.sft_lr * optimizer.warmed_up(step, c.warmup)
+        lr = lr * optimizer.falling(step, c.align_steps)
+        norm = optimizer.update(run.model, stage.optimizer, lr, ranks)
+        stage.log(step, f"loss {loss:.3f}", loss=loss, grad_norm=norm,
+                  skipped=stage.count_skipped(norm), dropped=0,
+                  train_s=time.perf_counter() - start_time)
+        stage.save_if_due(step)
+
+
+@contextmanager
+def trained_tower(run, samples, open_video):
+    """Prompts of samples while the tower itself trains: this rank's videos in one call, with their
+    gradient; nothing is shared, nothing kept. Yields [(`Sample`, `Prompt`)], {id: why dropped}.
+
+    All prompts hang on one graph of the tower. So their vision tokens are leaves: gradients add up
+    there over all micro-batches, and go on through the tower once, when the block ends.
+    """
+    model, device = run.model, run.ranks.device
+    videos, dropped = [], {}
+    for sample in samples:
+        try:
+            video = open_video(sample.video, run.config.frames)
+            patches, grid = vlm.patchify(video.read(0, video.frames), model.pixels)
+            videos.append((sample, video.seconds, patches, grid))
+        except VideoError as e:
+            dropped[sample.id] = str(e)
+    if not videos:
+        yield [], dropped
+        return
+    tower = model.model.visual
+    patches = torch.cat([patches for _, _, patches, _ in videos]).to(device, tower.dtype)
+    grids = torch.tensor([grid for *_, grid in videos], device=device)
+    vision = tower(patches, grid_thw=grids).pooler_output                      # [V of all, D]
+    sizes = [math.prod(grid) // model.pixels.merge ** 2 for *_, grid in videos]
+    outputs = vision.split(sizes)                                              # a [V, D] each
+    leaves = [x.detach().requires_grad_() for x in outputs]
+    prompts = []
+    for (sample, seconds, _, grid), leaf in zip(videos, leaves):
+        prompt = vlm.make_prompt(model, run.tokenizer, sample.question, leaf, grid, seconds)
+        prompts.append((sample, prompt))
+    yield prompts, dropped
+    torch.autograd.backward(outputs, [leaf.grad for leaf in leaves])
 
 
 @dataclass

@@ -388,7 +388,7 @@ def main(c):
     if from_nothing and progress.done["align"] < c.align_steps:
         curriculum = Curriculum(["any"], f"{c.seed} align")
         stage = Stage("align", c.align_steps, c.sft_lr, curriculum, run, progress)
-        toy.align(run, stage, teach, toy.parts(c.data))
+        toy.align(run, stage, teach, toy.parse_parts(c.data))
     taught = [sample.id for sample in samples if sample.thought]
     if not taught:
         say("sft: skipped, no sample has a thought to learn from")
