@@ -300,7 +300,7 @@ def align(run, stage, teach, parts):
     """Next-token loss on descriptions of every moment, by which the tower of a model that was made
     from nothing learns to see. The videos grow longer while it learns.
 
-    teach(run, prompts, texts) does forward and backward, -> the loss; parts: see `make_description`.
+    teach(run, prompts, texts) does forward and backward, -> the loss; parts: of `parse_parts`.
     """
     c, ranks = run.config, run.ranks
     for step in stage:

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from flow import Ranks
 
 PATIENCE = timedelta(minutes=30)   # how long a rank waits for a silent one, which may be saving
-ROOT = Path(__file__).resolve().parent.parent
 
 
 # --------------------------------------------------------------------------------------------------
@@ -77,12 +76,14 @@ def start(sp=0, same=None):
 
 def versions():
     """What this rank computes with: torch, transformers, and a hash of our loaded files."""
-    loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    ours = []
-    for file in sorted(filter(None, loaded)):              # loaded ones: other files are the user's
-        if Path(file).resolve().parent in (ROOT, ROOT / "plumbing"):
-            ours.append(Path(file).read_bytes())
-    code = hashlib.sha256(b"".join(ours)).hexdigest()[:8]
+    loaded = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
+    plumbing = os.path.dirname(__file__)
+    folders = (plumbing, os.path.dirname(plumbing))
+    code = hashlib.sha256()
+    for file in sorted(loaded):            # the loaded ones: other files in a folder are the user's
+        if os.path.dirname(file) in folders:
+            code.update(Path(file).read_bytes())
+    code = code.hexdigest()[:8]
     return {"torch": str(torch.__version__), "transformers": transformers.__version__, "code": code}
 
 
