@@ -67,6 +67,7 @@ import grpo
 import model as vlm
 import rewards
 from flow import Group
+from plumbing import store
 from plumbing.ranks import explain as machine_error, gather, merged, send_groups as move
 from curriculum import Curriculum, balanced, grade_line, has_signal, read_grades
 from rollout import VLLM, import_vllm, leave, limits, rollout, room
@@ -254,7 +255,7 @@ def video_key(model, path, c, cache):
 
 
 def see(model, path, key, c, ranks, cache, ahead=None):
-    """A video's vision tokens, from the cache or new; ahead: a `data.Ahead` that may have read it. -> as `vlm.encode_video`
+    """A video's vision tokens, from the cache or new; ahead: a `store.Ahead` that may have read it. -> as `vlm.encode_video`
 
     key: its `video_key`, or the error there was instead. Raises data.VideoError, on all sp ranks alike.
     """
@@ -703,7 +704,7 @@ def main(c):
     by_id = {s.id: s for s in train}
     grades = read_grades(c.grades, graded) if c.grades else {}
     made, sharded = c.model == "tiny", c.fsdp and ranks.world > 1
-    cache, ahead = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write), data.Ahead(c.frames)
+    cache, ahead = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write), store.Ahead(data.open_video, c.frames)
 
     def load(name):
         now = c.mode == "train" and sharded and not made
