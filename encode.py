@@ -112,10 +112,11 @@ class Cache:
         self.tower_hash = None             # and its hash
 
     def key(self, tower, *what):
-        """The name of an entry: a hash of the tower and of `what` decides about the pixels that it
-        is given (content, sampling, preprocessing): anything that JSON can write.
+        """The name of an entry: a hash of the tower and of what it is given.
 
-        The weights are hashed again only if they were written to: once a run, as they are frozen.
+        what: all that decides about the pixels (content, sampling, preprocessing), as JSON can
+        write it. The weights are hashed again only if they were written to: once a run, since the
+        tower is frozen.
         """
         version = sum(parameter._version for parameter in tower.parameters())
         if tower is not self.tower or version != self.tower_version:

@@ -1,5 +1,5 @@
 """
-What is known of a video besides its pixels, and work that need not be done twice or in sequence.
+What saves work: videos known by their content, vision tokens kept on disk, videos read ahead.
 
     fingerprint    the content of a file or folder, whatever its name
     Disk           vision tokens on disk, shared by ranks and runs
@@ -205,6 +205,7 @@ class Ahead:
         self.open_video = open_video
         self.frames = frames
         self.most = most
+        self.room = most           # bytes of frames that may still be read
         self.readings = {}         # {path: Future of Reading}
         self.thread = None
         self.stopped = False
@@ -233,7 +234,7 @@ class Ahead:
 
     def work(self, todo, name, pieces):
         """The thread: fulfil the promise of each video in todo."""
-        self.room = self.most              # bytes
+        self.room = self.most
         for path, promise in todo.items():
             try:
                 promise.set_result(self.read(path, name, pieces))
