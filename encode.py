@@ -6,14 +6,10 @@ one all-gather later every rank holds all the vision tokens. They are kept and r
 Stage 2, sequence parallel: the packed sequence itself is sharded for the policy's forward and backward (Ulysses).
 Without torchrun everything here is a no-op.
 """
-import fcntl
-import hashlib
 import json
-import os
 import sys
-import tempfile
 from collections import OrderedDict
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,13 +18,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from transformers import AttentionInterface
 
 from flow import Ranks
 from plumbing.ranks import PATIENCE, deal, meet, on_first as led, shard, start, together, versions
+from plumbing.store import Disk, sha256
 
 
 def frames_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_):
@@ -96,120 +91,82 @@ def encode(tower, open_patches, ranks, group=AT_ONCE):
     return torch.cat([x[:n] for x, n in zip(every, sizes)]), (t, h, w)                             # [V, D], in order
 
 
-def sha256(text, *tensors):
-    """Of a text and the bytes of tensors. -> 64 hexadecimal digits"""
-    whole = hashlib.sha256(text.encode())
-    for x in tensors:
-        whole.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return whole.hexdigest()
-
-
 class Cache:
-    """Vision tokens by the content of the video: every frame goes through the tower once in a run, restarts included.
+    """Reuse: vision tokens by the content of their video. Each frame goes through the tower once in
+    a run, and once in all runs that share a folder.
 
-    In the host's memory, so that a step of hundreds of videos takes no more of a GPU than one; the least recently used go first
-    when `most` bytes are reached (the last one used stays, however large). With a folder also on disk: a file an entry, never
-    deleted by us, for any number of ranks and runs at once. Nobody encodes what another is encoding: a lock on a file beside
-    the entry is held meanwhile. The system takes it from a process that dies.
+    In the host's memory, so that a step of hundreds of videos takes no more of a GPU than one does.
+    At `most` bytes the least recently used go first; the last one used stays, however large it is.
+    With a folder also on disk (`plumbing.store.Disk`).
     """
 
     def __init__(self, most=4 << 30, folder="", say=print):
-        """say(line) is called on one rank of a group. Raises ValueError where the folder cannot be made or written to."""
-        self.kept, self.bytes, self.most = OrderedDict(), 0, most
-        self.folder, self.say, self.tower = folder, say, (None, None, None)
-        if folder:
-            try:
-                os.makedirs(folder, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder) as probe:      # permission bits do not tell: root, read-only disks
-                    fcntl.flock(probe, fcntl.LOCK_EX)
-            except OSError as e:
-                raise ValueError(f"cache_dir {folder}: not a folder that can be written to ({e.strerror})") from e
+        """say(line) is called on one rank of a group. Raises ValueError where the folder cannot be
+        made or written to."""
+        self.kept = OrderedDict()          # {key: (vision, (t,h,w), seconds)}, last used last
+        self.bytes = 0                     # of the vision tokens kept
+        self.most = most
+        self.disk = Disk(folder, say) if folder else None
+        self.tower = None                  # the tower that was hashed last,
+        self.tower_version = None          # how often its weights had been written to by then,
+        self.tower_hash = None             # and its hash
 
     def key(self, tower, *what):
-        """The name of an entry: a hash of `what` (content, sampling, preprocessing: anything that JSON can write) and of
-        the tower. Its weights are hashed again only if they were written to: once a run, since it is frozen."""
-        version = sum(p._version for p in tower.parameters())
-        if self.tower[:2] != (tower, version):
-            config = {k: v for k, v in tower.config.to_dict().items() if k != "dtype"}         # None before a checkpoint
+        """The name of an entry: a hash of the tower and of what it is given.
+
+        what: all that decides about the pixels (content, sampling, preprocessing), as JSON can
+        write it. The weights are hashed again only if they were written to: once a run, since the
+        tower is frozen.
+        """
+        version = sum(parameter._version for parameter in tower.parameters())
+        if tower is not self.tower or version != self.tower_version:
+            config = tower.config.to_dict()
+            config.pop("dtype", None)      # it is None until there is a checkpoint
             weights = tower.state_dict()
             shapes = [(name, str(w.dtype), w.shape) for name, w in weights.items()]
-            self.tower = tower, version, sha256(json.dumps([config, shapes], sort_keys=True, default=str), *weights.values())
-        return sha256(json.dumps([*what, self.tower[2], "1"]))                 # "2" once a tower's tokens come out otherwise
+            about = json.dumps([config, shapes], sort_keys=True, default=str)
+            self.tower = tower
+            self.tower_version = version
+            self.tower_hash = sha256(about, *weights.values())
+        # The last item is to be "2" once a tower's tokens come out otherwise.
+        return sha256(json.dumps([*what, self.tower_hash, "1"]))
 
     def has(self, key):
-        """Whether a get would find this key: a guess, since another rank or run may be at work on it."""
-        return key in self.kept or bool(self.folder) and os.path.exists(self.path(key))
+        """Whether `get` would find this key. A guess: another rank or run may be at work on it."""
+        return key in self.kept or (self.disk is not None and self.disk.has(key))
 
     def get(self, key, make, ranks=Ranks()):
-        """What make() -> (vision [V,D], (t,h,w), seconds) returned for this key: earlier, in another run, or now. vision on the CPU.
+        """What make() -> (vision [V,D], (t,h,w), seconds) returned for this key: earlier, in
+        another run, or now. vision is on the CPU.
 
-        All sp ranks call this alike, with one key: then memory holds the same on each, and sp_rank 0 decides for the disk.
-        What make raises passes through; nothing is kept of it. A damaged entry, or a disk that is full, costs a line
-        and the work of make, never the run.
+        All sp ranks call this with the same keys in the same order: then their memories hold the
+        same. What make raises passes through, and nothing is kept of it.
         """
         if key not in self.kept:
-            vision, *about = self.through_disk(key, make, ranks) if self.folder else make()
-            entry = self.kept[key] = (vision.cpu(), *about)
-            self.bytes += entry[0].nbytes
+            if self.disk is None:
+                entry = make()
+            else:
+                entry = self.read_or_make(key, make, ranks)
+            vision, *about = entry
+            self.kept[key] = (vision.cpu(), *about)
+            self.bytes += vision.nbytes
             while self.bytes > self.most and len(self.kept) > 1:
-                self.bytes -= self.kept.popitem(last=False)[1][0].nbytes
+                _, oldest = self.kept.popitem(last=False)
+                self.bytes -= oldest[0].nbytes
         self.kept.move_to_end(key)
         return self.kept[key]
 
-    def path(self, key):
-        return os.path.join(self.folder, key + ".safetensors")
-
-    def through_disk(self, key, make, ranks):
-        with ExitStack() as held:                          # the lock, on sp_rank 0, until the entry is written
-            def look():
-                try:
-                    lock = held.enter_context(open(self.path(key) + ".lock", "w"))
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                except OSError as e:                       # a full disk may not hold even this; write() will say so
-                    self.say(f"{self.path(key)}: no lock ({e.strerror}); another run may encode the same video")
-                return self.read(key)
-
-            entry = led(look, ranks)
-            if entry:
-                return entry
-            entry = make()
-            if ranks.sp_rank == 0:
-                self.write(key, *entry)
+    def read_or_make(self, key, make, ranks):
+        """sp rank 0 reads for all; where the disk has no such entry, all make it and rank 0 writes
+        it. Meanwhile it holds the entry's lock: nobody encodes what another is encoding."""
+        is_first = ranks.sp_rank == 0
+        with self.disk.lock(key) if is_first else nullcontext():
+            entry = led(lambda: self.disk.read(key), ranks)
+            if entry is None:
+                entry = make()
+                if is_first:
+                    self.disk.write(key, *entry)
             return entry
-
-    def read(self, key):
-        """-> (vision on the CPU, (t,h,w), seconds), bit for bit as written; None where there is no whole entry."""
-        try:
-            with safe_open(self.path(key), "pt") as f:
-                about, vision = f.metadata(), f.get_tensor("vision").clone()       # else it would change with the file
-            if about["sha256"] != self.seal(key, about["video"], vision):
-                raise ValueError("its sha256 is another")
-        except FileNotFoundError:
-            return None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
-            self.say(f"{self.path(key)}: a damaged cache entry ({e}); the video is encoded again")
-            return None
-        grid, seconds = json.loads(about["video"])
-        return vision, tuple(grid), seconds
-
-    def write(self, key, vision, grid, seconds):
-        """Under another name first, so that a file under its own name is whole. The lock sees to it that we are alone."""
-        path, video = self.path(key), json.dumps([grid, seconds])
-        vision = vision.cpu().contiguous()
-        try:
-            with open(path + ".tmp", "wb") as f:
-                f.write(save({"vision": vision}, {"video": video, "sha256": self.seal(key, video, vision)}))
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(path + ".tmp", path)
-        except OSError as e:
-            with suppress(OSError):
-                os.remove(path + ".tmp")
-            self.say(f"{path}: not written ({e.strerror}); the run goes on without this entry")
-
-    def seal(self, key, video, vision):
-        """What an entry must hash to: the tokens, and all that says what they are."""
-        return sha256(f"{key} {video} {vision.dtype} {tuple(vision.shape)}", vision)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,26 +1,43 @@
-"""Which frames of a video are taken, and the `Video` that reads them when asked for."""
+"""
+What every source of video shares: which of its frames are taken, and how they are handed over.
+"""
 import numpy as np
 
 from flow import Video
 
 
 def pick(times, end, frames):
-    """which frame is on screen in the middle of each of `frames` equal parts of [times[0], end).
-    times 0 1 2 3, end 4: two parts have their middles at 1 and 3 -> frames 1 and 3; four parts at .5 1.5 2.5 3.5
-    -> each frame once. With a variable rate a long-standing frame may come twice and a short one never."""
-    times = np.asarray(times, dtype=np.int64)                                # integer ticks: a tie is exact
+    """Frames evenly spaced in time: of each of T equal parts of the video, the frame in its middle.
+
+    times: [n] integers in ascending order, when each frame appears; end: when the last one
+    disappears; frames: how many frames at most. -> long [T], T = min(frames, n), places in times.
+    With a variable rate a frame that stands for long may come twice, and a short one never.
+
+    >>> pick([0, 1, 2, 3], 4, 2)       # two parts, whose middles are at 1 and 3
+    array([1, 3])
+    >>> pick([0, 1, 2, 3], 4, 4)       # middles at 0.5, 1.5, 2.5 and 3.5: each frame once
+    array([0, 1, 2, 3])
+    """
+    times = np.asarray(times, dtype=np.int64)              # integers: a tie is exact
     T = min(frames, len(times))
-    middle = times[0] + (2 * np.arange(T) + 1) * (end - times[0]) // (2 * T) # (T,)
-    return np.searchsorted(times, middle, side="right") - 1                  # (T,) last frame with time <= middle
+    middles = times[0] + (2 * np.arange(T) + 1) * (end - times[0]) // (2 * T)  # [T]
+    return np.searchsorted(times, middles, side="right") - 1   # the last frame at or before each
 
 
-def make_video(path, chosen, size, seconds, one, read):
-    """`chosen`: per output frame, whatever `read` needs to find it; `one`: the source has a single frame,
-    which has no neighbour, so its seconds are 1.0 by convention"""
+def make_video(path, chosen, size, seconds, single, read):
+    """-> `Video`
+
+    chosen: [T], for each frame of the video whatever `read` needs to find it; size: (height, width)
+    in pixels; seconds: between two of the T frames.
+    single: the source has one frame only. It has no neighbour: its seconds are 1.0 by convention.
+    read(chosen, out) fills out, uint8 [n, H, W, 3], with the n frames chosen.
+    """
     def read_slice(lo, hi):
         assert 0 <= lo <= hi <= len(chosen), f"frames {lo}:{hi} of {len(chosen)}"
-        out = np.empty((hi - lo, *size, 3), dtype=np.uint8)                  # (hi-lo, H, W, 3) nothing more is held
+        out = np.empty((hi - lo, *size, 3), dtype=np.uint8)    # nothing more is held in memory
         if hi > lo:
             read(chosen[lo:hi], out)
         return out
-    return Video(path, len(chosen), *size, 1.0 if one else float(seconds), read_slice)
+
+    height, width = size
+    return Video(path, len(chosen), height, width, 1.0 if single else float(seconds), read_slice)

@@ -1,0 +1,161 @@
+"""
+Pictures as video, through pillow: a folder of pictures, one picture, an animated webp or png.
+"""
+import os
+import re
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from flow import VideoError
+from plumbing.frames import make_video, pick
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
+# Suffixes count only inside a folder, where they tell pictures from notes and the like.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+# What pillow raises for a broken picture: the last three come from its webp and png readers and
+# for oversized files.
+ERRORS = (OSError, EOFError, SyntaxError, Image.DecompressionBombError)
+ORIENTATION = 0x0112           # the EXIF tag; its values 5 to 8 are pictures that lie on their side
+
+
+@contextmanager
+def opened(path):
+    """-> pillow's image, of which only the header is read yet. What pillow raises inside the `with`
+    leaves it as a VideoError."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except ERRORS as e:
+        raise VideoError(f"{path}: broken picture: {e}") from e
+
+
+def is_picture(path):
+    """Whether pillow knows this file as a picture, be it a broken one."""
+    try:
+        with Image.open(path, formats=FORMATS):
+            return True
+    except UnidentifiedImageError:
+        return False
+    except ERRORS:
+        return True
+
+
+# --------------------------------------------------------------------------------------------------
+# a folder
+
+def list_pictures(folder):
+    """Paths of the pictures in a folder: names with a picture's suffix, not hidden, in natural
+    order. Raises VideoError if there are none."""
+    names = [name for name in os.listdir(folder) if names_picture(name)]
+    if not names:
+        raise VideoError(f"{folder}: no pictures in this folder")
+    return [os.path.join(folder, name) for name in sorted(names, key=natural_order)]
+
+
+def names_picture(name):
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def natural_order(name):
+    """A key to sort names by: frame_2 comes before frame_10."""
+    parts = []
+    for part in re.split(r"([0-9]+)", name):
+        parts.append(int(part) if part.isdigit() else part.lower())
+    return parts, name                                     # "a1" and "A01" have equal parts
+
+
+def open_folder(path, frames):
+    """-> `Video` of at most `frames` of the folder's pictures; they are one second apart. Raises
+    VideoError where a picture is broken or has another size than the first one."""
+    files = list_pictures(path)
+    first_size = None
+    for file in files:
+        with opened(file) as image:
+            size = upright_size(image)
+        if first_size is None:
+            first_size = size
+        if size != first_size:
+            raise VideoError(f"{file}: height and width {size} differ from {first_size} "
+                             f"of {files[0]}")
+    chosen = [files[place] for place in pick(range(len(files)), len(files), frames)]
+    seconds = len(files) / len(chosen)
+    return make_video(path, chosen, first_size, seconds, len(files) == 1, read_files)
+
+
+def read_files(chosen, out):
+    """chosen: the file of each frame."""
+    for file, row in zip(chosen, out):
+        with opened(file) as image:
+            copy_pixels(image, row, file)
+
+
+# --------------------------------------------------------------------------------------------------
+# one file
+
+def open_picture(path, frames):
+    """-> `Video` of a picture, which has one frame, or of at most `frames` frames of an animation.
+    Raises VideoError where it is broken."""
+    with opened(path) as image:
+        times, end = display_times(image)
+        size = upright_size(image)
+    chosen = pick(times, end, frames)
+    seconds = end / 1000 / len(chosen)
+
+    def read(chosen, out):
+        read_animation(path, chosen, out)
+
+    return make_video(path, chosen, size, seconds, len(times) == 1, read)
+
+
+def display_times(image):
+    """-> ([n] milliseconds, when each frame appears; when the last one disappears)"""
+    # Only these two formats animate. The further pages of a tiff or a phone's jpeg are no video.
+    if image.format not in ("WEBP", "PNG") or image.n_frames == 1:
+        return [0], 1
+    times = []
+    now = 0
+    for number in range(image.n_frames):
+        image.seek(number)
+        image.load()                                       # a webp tells a duration once decoded
+        times.append(now)
+        now += round(image.info.get("duration", 0)) or 100     # 0 means 100 ms, as in browsers
+    return times, now
+
+
+def read_animation(path, chosen, out):
+    """chosen: the number of each frame in the file."""
+    with opened(path) as image:
+        for number, row in zip(chosen, out):
+            if number:
+                image.seek(int(number))
+            copy_pixels(image, row, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# pixels
+
+def upright_size(image):
+    """(height, width) as the picture is shown. Reads no pixels."""
+    exif = Image.Image.getexif(image)                      # a png's own getexif decodes the picture
+    lies_on_its_side = exif.get(ORIENTATION, 1) >= 5
+    if lies_on_its_side:
+        return image.width, image.height
+    return image.height, image.width
+
+
+def copy_pixels(image, row, path):
+    """The current frame of an image, upright and on black, into row: uint8 [H, W, 3]."""
+    if image.mode[0] in "IF":
+        raise VideoError(f"{path}: more than 8 bits per pixel ({image.mode}), "
+                         "which pillow would clip to white")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:                        # also that of a palette
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    rgb = np.asarray(image.convert("RGB"))                 # [H, W, 3]
+    if rgb.shape != row.shape:
+        raise VideoError(f"{path}: decodes to {rgb.shape[:2]}, "
+                         f"not {row.shape[:2]} as its header says")
+    row[:] = rgb

@@ -1,0 +1,275 @@
+"""
+What saves work: videos known by their content, vision tokens kept on disk, videos read ahead.
+
+    fingerprint    the content of a file or folder, whatever its name
+    Disk           vision tokens on disk, shared by ranks and runs
+    Ahead          reads the next videos in a thread while others are computed with
+"""
+import atexit
+import fcntl
+import hashlib
+import json
+import os
+import re
+import tempfile
+import threading
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from flow import Video, VideoError
+from plumbing.pictures import list_pictures
+
+# --------------------------------------------------------------------------------------------------
+# hashes
+
+def sha256(text, *tensors):
+    """Of a text and of the bytes of tensors. -> 64 hexadecimal digits"""
+    digest = hashlib.sha256(text.encode())
+    for x in tensors:
+        digest.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fingerprint(path, folder=""):
+    """A hash of a video's content. -> 64 hexadecimal digits
+
+    Of a file its bytes, under any name; of a folder the names, sizes and bytes of its pictures, in
+    order. A file is read whole, once: then the hash is remembered by its absolute path, size and
+    time of change; in `folder`, if given, for later runs too. Raises VideoError.
+    """
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        raise VideoError(f"{path}: no such file or folder")
+    try:
+        is_folder = os.path.isdir(path)
+        files = list_pictures(path) if is_folder else [path]
+        stamps = []
+        for file in files:
+            status = os.stat(file)
+            stamps.append((os.path.abspath(file), status.st_size, status.st_mtime_ns))
+        return hash_files(tuple(stamps), is_folder, folder)
+    except OSError as e:
+        raise VideoError(f"{path}: cannot be read ({e.strerror})") from e
+
+
+@lru_cache(maxsize=None)
+def hash_files(stamps, with_names, folder):
+    """stamps: ((path, size, time of change), ...); with_names: the files' names are part of the
+    content, as in a folder of pictures; folder: where notes of the hashes are kept, or empty."""
+    note = None
+    if folder:
+        name = hashlib.sha256(repr((stamps, with_names)).encode()).hexdigest()
+        note = os.path.join(folder, name + ".content")
+        noted = read_note(note)
+        if noted:
+            return noted
+    digest = hashlib.sha256()
+    for path, size, _ in stamps:
+        if with_names:
+            digest.update(repr((os.path.basename(path), size)).encode())
+        with open(path, "rb") as f:
+            hashlib.file_digest(f, lambda: digest)         # reads on into the same digest
+    if note:
+        write_note(note, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def read_note(path):
+    """-> the hash; None where there is none, or one that was cut off when the machine went down"""
+    with suppress(OSError, UnicodeDecodeError), open(path) as f:
+        text = f.read()
+        if re.fullmatch("[0-9a-f]{64}", text):
+            return text
+    return None
+
+
+def write_note(path, text):
+    own = f"{path}.{os.getpid()}"                          # other ranks may write the same note
+    try:
+        with open(own, "w") as f:
+            f.write(text)
+        os.replace(own, path)
+    except OSError:                                        # a full disk: the next run hashes again
+        with suppress(OSError):
+            os.remove(own)
+
+
+# --------------------------------------------------------------------------------------------------
+# vision tokens on disk
+
+class Disk:
+    """Vision tokens on disk, a safetensors file for each entry. Any number of ranks and runs may
+    share a folder. Entries are never deleted here.
+
+    A damaged entry and a full disk cost a line and the work of encoding, never the run.
+    """
+
+    def __init__(self, folder, say):
+        """say(line) prints. Raises ValueError where the folder cannot be made or written to."""
+        self.folder = folder
+        self.say = say
+        try:
+            os.makedirs(folder, exist_ok=True)
+            # Only trying tells: permission bits mean nothing to root and on read-only disks.
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                fcntl.flock(probe, fcntl.LOCK_EX)
+        except OSError as e:
+            raise ValueError(f"cache_dir {folder}: not a folder that can be written to "
+                             f"({e.strerror})") from e
+
+    def path(self, key):
+        return os.path.join(self.folder, key + ".safetensors")
+
+    def has(self, key):
+        return os.path.exists(self.path(key))
+
+    @contextmanager
+    def lock(self, key):
+        """Waits until no other process is inside the `with` of this key, so that nobody encodes
+        what another is encoding. The system takes the lock from a process that dies."""
+        with ExitStack() as until_end:
+            try:
+                file = until_end.enter_context(open(self.path(key) + ".lock", "w"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as e:           # a full disk may not even hold this; write() says so too
+                self.say(f"{self.path(key)}: no lock ({e.strerror}); "
+                         "another run may encode the same video")
+            yield
+
+    def read(self, key):
+        """-> (vision on the CPU, (t,h,w), seconds), bit for bit as written; None where there is no
+        whole entry."""
+        try:
+            with safe_open(self.path(key), "pt") as f:
+                about = f.metadata()
+                vision = f.get_tensor("vision").clone()    # else it would change with the file
+            if about["sha256"] != self.seal(key, about["video"], vision):
+                raise ValueError("its sha256 is another")
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
+            self.say(f"{self.path(key)}: a damaged cache entry ({e}); the video is encoded again")
+            return None
+        grid, seconds = json.loads(about["video"])
+        return vision, tuple(grid), seconds
+
+    def write(self, key, vision, grid, seconds):
+        """Under another name first: what has its own name is whole. The caller holds the lock."""
+        path = self.path(key)
+        vision = vision.cpu().contiguous()
+        video = json.dumps([grid, seconds])
+        about = {"video": video, "sha256": self.seal(key, video, vision)}
+        try:
+            with open(path + ".tmp", "wb") as f:
+                f.write(save({"vision": vision}, about))
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(path + ".tmp", path)
+        except OSError as e:
+            with suppress(OSError):
+                os.remove(path + ".tmp")
+            self.say(f"{path}: not written ({e.strerror}); the run goes on without this entry")
+
+    def seal(self, key, video, vision):
+        """What an entry must hash to: its tokens, and all that says what they are."""
+        return sha256(f"{key} {video} {vision.dtype} {tuple(vision.shape)}", vision)
+
+
+# --------------------------------------------------------------------------------------------------
+# reading ahead
+
+@dataclass
+class Reading:
+    """What the thread has read of one video."""
+    name: str = None       # of the content that was read; None: it was not to be read
+    video: Video = None
+    pieces: dict = field(default_factory=dict)     # {(lo, hi): uint8 [hi-lo, H, W, 3]}
+
+
+class Ahead:
+    """Videos read in one background thread before their turn. Their frames and errors are those of
+    `open_video`.
+
+    At most `most` bytes of frames wait; what does not fit is read when its turn comes. Each rank
+    has its own.
+    """
+
+    def __init__(self, open_video, frames, most=512 << 20):
+        """open_video(path, frames) -> `Video`; frames: of each. No thread runs before `start`."""
+        self.open_video = open_video
+        self.frames = frames
+        self.most = most
+        self.room = most           # bytes of frames that may still be read
+        self.readings = {}         # {path: Future of Reading}
+        self.thread = None
+        self.stopped = False
+
+    def start(self, paths, name, pieces):
+        """Forget what waits and begin to read these, in order. The thread calls both functions:
+        name(path) -> a name of the content, None where it need not be read;
+        pieces(video) -> [(lo, hi)], the frames that will be asked for together.
+        """
+        self.stop()
+        self.stopped = False
+        self.readings = {path: Future() for path in paths}
+        todo = dict(self.readings)
+        self.thread = threading.Thread(target=self.work, args=(todo, name, pieces), daemon=True)
+        self.thread.start()
+        atexit.register(self.stop)         # the interpreter must not go down around FFmpeg's thread
+
+    def stop(self):
+        """Forget what waits, and end the thread. This takes as long as the piece that it reads."""
+        self.stopped = True
+        self.readings = {}
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+            atexit.unregister(self.stop)
+
+    def work(self, todo, name, pieces):
+        """The thread: fulfil the promise of each video in todo."""
+        self.room = self.most
+        for path, promise in todo.items():
+            try:
+                promise.set_result(self.read(path, name, pieces))
+            except Exception as e:         # whatever it is: `open` raises it at the video's turn
+                promise.set_exception(e)
+
+    def read(self, path, name, pieces):
+        """-> `Reading` of one video, with as many of its pieces as there is room for."""
+        reading = Reading()
+        if self.stopped:
+            return reading
+        reading.name = name(path)
+        if reading.name is None:
+            return reading
+        reading.video = self.open_video(path, self.frames)
+        for lo, hi in pieces(reading.video):
+            size = (hi - lo) * reading.video.height * reading.video.width * 3
+            if self.stopped or size > self.room:
+                break
+            reading.pieces[lo, hi] = reading.video.read(lo, hi)
+            self.room -= size
+        return reading
+
+    def open(self, path, name):
+        """As open_video(path, frames), which the thread may have done. What the thread read is used
+        only if it was of the content `name`."""
+        if path not in self.readings:
+            return self.open_video(path, self.frames)
+        reading = self.readings.pop(path).result()         # waits for the thread
+        if reading.name is None or reading.name != name:
+            return self.open_video(path, self.frames)
+
+        def read(lo, hi):
+            if (lo, hi) in reading.pieces:
+                return reading.pieces.pop((lo, hi))
+            return reading.video.read(lo, hi)
+
+        return replace(reading.video, read=read)
