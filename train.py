@@ -28,7 +28,7 @@ import toy
 from curriculum import Curriculum, balanced, has_signal
 from flow import Group, Ranks, Run
 from plumbing import command_line, metrics
-from plumbing.batches import micro_batches, rank_share, sharers, taught_group, token_counts
+from plumbing.batches import micro_batches, rank_share, sharers, split, taught_group, token_counts
 from plumbing.grades import read_grades
 from plumbing.metrics import Clock, Meter, mean
 from plumbing.optimizer import falling, update, warmed_up
@@ -40,7 +40,6 @@ from plumbing.ranks import (
     printer,
     run_command,
     send_groups,
-    shard,
     start,
 )
 from plumbing.resume import newest
@@ -61,7 +60,7 @@ class Config:
     video_dir: str = ""            # where relative video paths begin; empty: beside the data file
     cache_dir: str = ""            # vision tokens on disk, for other runs too; empty: none
     cache_gb: float = 4.0          # of vision tokens that each rank keeps in its machine's memory
-    out_dir: str = "out"           # checkpoints, metrics.jsonl, curves.png; a run found here goes on
+    out_dir: str = "out"           # checkpoints, metrics.jsonl, curves.png; goes on if found here
     mode: str = "train"            # or "eval" or "grade": what evaluate.py does
     seed: int = 0                  # all randomness is a function of seed, step, sample, completion
     # where
@@ -111,22 +110,6 @@ class Config:
     pass_k: int = 0                # mode eval: pass@k of group_size answers; 0: k is all of them
     show_every: int = 20           # RL steps between two completions on the screen; 0: never
     save_every: int = 40           # steps; also at the end of each stage
-
-
-def check(c, ranks):
-    """Raises ValueError for what cannot work, before anything is loaded."""
-    command_line.check_sampling(c, ranks)
-    sweep(c)
-    command_line.check_choice(c, "mode", ("train", "eval", "grade"))
-    command_line.check_choice(c, "loss_average", ("sample", "token"))
-    command_line.check_range(c, 1, math.inf, "sft_batch", "updates_per_rollout", "save_every")
-    command_line.check_range(c, 0, math.inf, "align_steps", "sft_steps", "rl_steps", "warmup",
-                             "eval_every", "show_every", "lr", "sft_lr", "clip_high")
-    command_line.check_range(c, 0, 1, "clip_low")
-    command_line.check_range(c, 1, math.inf, "oversample_cap")
-    if c.prompts_per_step % ranks.dp:
-        raise ValueError(f"prompts_per_step = {c.prompts_per_step} is not divisible by the "
-                         f"{ranks.dp} dp groups")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,12 +263,6 @@ def describe(group):
     return rows
 
 
-def split(slots, n):
-    """n runs of slots, as even as can be; fewer where there are fewer slots."""
-    n = min(n, len(slots))
-    return [slots[slice(*shard(len(slots), i, n))] for i in range(n)]
-
-
 def loss_divisor(slots, facts, c):
     """Completions of a whole optimizer step, or sampled tokens where these have equal weights."""
     if c.loss_average == "sample":
@@ -365,7 +342,8 @@ def main(c):
     if c.mode != "train":
         return evaluate.main(evaluation(c))
     ranks = start(c.sp, command_line.to_compare(c))
-    check(c, ranks)
+    command_line.check_training(c, ranks)
+    sweep(c)
     if c.rollout == "vllm":
         import_vllm()                      # not found: say so now, not after the cold start
     say = printer(ranks)

@@ -114,3 +114,9 @@ def rank_share(groups, c, ranks):
 def sharers(c, ranks):
     """The ranks that share each packed sequence: with stage 2 those of the sp group."""
     return ranks if c.stage2 else Ranks()
+
+
+def split(slots, n):
+    """n runs of slots, as even as can be; fewer where there are fewer slots."""
+    n = min(n, len(slots))
+    return [slots[slice(*shard(len(slots), i, n))] for i in range(n)]

@@ -158,3 +158,18 @@ def check_sampling(c, ranks):
     if not c.force_answer and not c.think_budget:
         raise ValueError("think_budget = 0 and force_answer = false leave no answer: no thought, "
                          "and nothing written after it")
+
+
+def check_training(c, ranks):
+    """Raises ValueError where a train.Config cannot work."""
+    check_sampling(c, ranks)
+    check_choice(c, "mode", ("train", "eval", "grade"))
+    check_choice(c, "loss_average", ("sample", "token"))
+    check_range(c, 1, math.inf, "sft_batch", "updates_per_rollout", "save_every")
+    check_range(c, 0, math.inf, "align_steps", "sft_steps", "rl_steps", "warmup",
+                             "eval_every", "show_every", "lr", "sft_lr", "clip_high")
+    check_range(c, 0, 1, "clip_low")
+    check_range(c, 1, math.inf, "oversample_cap")
+    if c.prompts_per_step % ranks.dp:
+        raise ValueError(f"prompts_per_step = {c.prompts_per_step} is not divisible by the "
+                         f"{ranks.dp} dp groups")
