@@ -67,6 +67,7 @@ import grpo
 import model as vlm
 import rewards
 from flow import Group
+from plumbing import sharding
 from plumbing.ranks import explain as machine_error, gather, merged, send_groups as move
 from curriculum import Curriculum, balanced, grade_line, has_signal, read_grades
 from rollout import VLLM, import_vllm, leave, limits, rollout, room
@@ -711,7 +712,7 @@ def main(c):
         if c.stage2 and c.mode != "eval":                  # where nothing is sharded but frames
             encode.check_heads(model.config.text_config.num_attention_heads, model.config.text_config.num_key_value_heads, ranks)
         if now:
-            vlm.shard(model, ranks)
+            sharding.shard_parameters(model, ranks)
         return model, tokenizer
 
     if c.mode == "eval":
@@ -755,7 +756,7 @@ def main(c):
         say(f"going on from {found}: {', '.join(f'{n} {stage} steps' for stage, n in state['done'].items())} done")
     model, tokenizer = load(found or c.model)
     if c.checkpointing:
-        vlm.recompute_layers(model)
+        sharding.recompute_layers(model)
     if c.compile:
         vlm.compile_layers(model)
     banned, tower = vlm.banned_ids(model, tokenizer), model.model.visual
@@ -787,7 +788,7 @@ def main(c):
         if isinstance(model, FSDPModule):                  # as without it, on rank 0's CPU; gathered one tensor at a time
             keeps = lambda x: x.cpu() if ranks.rank == 0 else None
             whole = tree_map_only(DTensor, lambda x: keeps(x.full_tensor()), whole)
-            weights = {name: keeps(w) for name, w in vlm.weights(model)}
+            weights = {name: keeps(w) for name, w in sharding.weights(model)}
         if ranks.rank == 0:
             draw_curves(lines, os.path.join(c.out_dir, "curves.png"))
             try:
@@ -889,7 +890,7 @@ def main(c):
         bar.close()
     tower.requires_grad_(False)
     if made and sharded:
-        vlm.shard(model, ranks)
+        sharding.shard_parameters(model, ranks)
 
     # RL.
     started = begin("rl", c.rl_steps, c.lr, list(by_id), "no training sample is left")

@@ -78,9 +78,9 @@ def versions():
     """What this rank computes with: torch, transformers, and a hash of our loaded files."""
     loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     ours = []
-    for file in sorted(filter(None, loaded)):              # loaded ones: other files are the user's
-        if Path(file).resolve().parent in (ROOT, ROOT / "plumbing"):
-            ours.append(Path(file).read_bytes())
+    for file in map(Path, sorted(filter(None, loaded))):   # loaded ones: other files are the user's
+        if file.is_absolute() and file.resolve().parent in (ROOT, ROOT / "plumbing"):
+            ours.append(file.read_bytes())                 # torch.classes has no file, but a name
     code = hashlib.sha256(b"".join(ours)).hexdigest()[:8]
     return {"torch": str(torch.__version__), "transformers": transformers.__version__, "code": code}
 

@@ -87,8 +87,8 @@ def entries(folder):
 def count_patches(tower, seen):
     """Every temporal patch that goes through the tower, by its content."""
     def note(_, args, kwargs):
-        [[t, h, w]] = kwargs["grid_thw"].tolist()
-        seen.extend(hashlib.sha256(x.numpy()).hexdigest() for x in args[0].view(t, h * w, -1))
+        t = len(kwargs["grid_thw"])                        # one temporal patch each
+        seen.extend(hashlib.sha256(x.numpy()).hexdigest() for x in args[0].view(t, -1, args[0].shape[1]))
     return tower.register_forward_pre_hook(note, with_kwargs=True)
 
 
