@@ -44,6 +44,7 @@ import encode
 import model as vlm
 import rollout
 import train
+from plumbing import sharding
 
 VARIANTS = ("naive", "reuse", "shared", "shared+sp")
 KEYS = ("variant", "cache", "frames", "size", "group", "completion", "sp", "rollout", "prompt_tokens", "lm_tokens", "encodes",
@@ -194,7 +195,7 @@ class Work:
             encode.check_heads(text.num_attention_heads, text.num_key_value_heads, ranks)
         inner.visual.requires_grad_(False)
         if a.checkpointing:
-            vlm.recompute_layers(self.model)
+            sharding.recompute_layers(self.model)
         if a.compile:
             vlm.compile_layers(self.model)
         self.optimizer = train.make_optimizer(self.model, 1e-6)

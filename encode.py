@@ -1,94 +1,109 @@
 """
 MR-SP (LongVILA-R1, section 5): one long video shared out over the ranks.
 
-Stage 1, encode: each rank of a sequence-parallel group runs its own frames through its own copy of the vision tower;
-one all-gather later every rank holds all the vision tokens. They are kept and reused by all G rollouts and by training.
-Stage 2, sequence parallel: the packed sequence itself is sharded for the policy's forward and backward (Ulysses).
+    stage 1   encode: each rank of a sequence-parallel group runs its own frames through its own
+              copy of the vision tower; after one all-gather every rank holds all vision tokens
+    reuse     Cache: the tokens are kept, for all G rollouts of a question and for training
+    stage 2   Ulysses: the packed sequence itself is sharded over the ranks, for the policy's
+              prefill, forward and backward
+
 Without torchrun everything here is a no-op.
 """
 import json
-import sys
 from collections import OrderedDict
 from contextlib import nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from transformers import AttentionInterface
 
 from flow import Ranks
-from plumbing.ranks import PATIENCE, deal, meet, on_first as led, shard, start, together, versions
+from plumbing.ranks import on_first, shard, start, together  # noqa: F401  start: for scripts
 from plumbing.store import Disk, sha256
+
+# --------------------------------------------------------------------------------------------------
+# stage 1: frames over the ranks
+
+ALONE = Ranks()
+AT_ONCE = 64           # temporal patches that go through the tower at once
 
 
 def frames_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_):
-    """Attention inside each of many short segments (a frame, or a window of it), all of one length in one call.
+    """Attention within each of many short segments: a frame, or a window of one.
 
-    query, key, value: [1,heads,S,d]; cu_seq_lens_q: [segments+1]. transformers' own path calls attention once a
-    segment, thousands of times for a long video. Its name has "flash" in it: so transformers hands over the segments.
+    query, key, value: [1,heads,S,d]; cu_seq_lens_q: int [segments+1], where the segments start.
+    -> ([1,S,heads,d], None). Segments of one length share one call; transformers' own path makes
+    one call a segment, which is thousands for a long video.
     """
-    starts, lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff().long()
-    out = torch.empty_like(query.transpose(1, 2))                              # [1, S, heads, d]
+    starts = cu_seq_lens_q[:-1].long()
+    lengths = cu_seq_lens_q.diff().long()
+    out = torch.empty_like(query.transpose(1, 2))                      # [1, S, heads, d]
     for n in lengths.unique().tolist():
-        at = (starts[lengths == n, None] + torch.arange(n, device=starts.device)).flatten()        # [segments*n]
-        q, k, v = (x[0, :, at].unflatten(1, (-1, n)).transpose(0, 1) for x in (query, key, value))
-        y = F.scaled_dot_product_attention(q, k, v, scale=scaling)             # [segments, heads, n, d]
+        offsets = torch.arange(n, device=starts.device)
+        at = (starts[lengths == n, None] + offsets).flatten()          # [segments*n]
+        y = F.scaled_dot_product_attention(
+            as_batch(query, at, n), as_batch(key, at, n), as_batch(value, at, n), scale=scaling)
         out = out.index_copy(1, at, y.transpose(1, 2).flatten(0, 1)[None])
     return out, None
 
 
+def as_batch(x, at, n):
+    """The segments of n positions that stand at `at`. [1,heads,S,d] -> [segments,heads,n,d]"""
+    return x[0, :, at].unflatten(1, (-1, n)).transpose(0, 1)
+
+
+# transformers hands over the segments to an attention with "flash" in its name.
 AttentionInterface.register("frames_flash", frames_attention)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# stage 1
-
-AT_ONCE = 64                   # temporal patches that go through the tower at once
-
-
 def spans(t, ranks, group=AT_ONCE):
-    """The temporal patches (lo, hi) of t that a rank encodes, at most `group` at once, in order."""
+    """The temporal patches (lo, hi) of t that this rank encodes, at most `group` at once."""
     lo, hi = shard(t, ranks.sp_rank, ranks.sp)
     return [(first, min(first + group, hi)) for first in range(lo, hi, group)]
 
 
 @torch.no_grad()
 def encode(tower, open_patches, ranks, group=AT_ONCE):
-    """One video through the tower, its frames shared out over the sp ranks. -> (vision [V,D], (t,h,w)) on every rank.
+    """One video through the vision tower, its frames sharded over the sp ranks (section 5.1).
 
-    tower: the vision tower; open_patches() -> ((t,h,w), merge, read), where read(lo, hi) gives the patches of temporal
-    patches lo to hi, float32 [n,C]: each rank reads only its own. group: temporal patches that go through the tower at
-    once, so that an hour of video never sits in memory as pixels. Frames do not look at one another in the tower, so
-    that shards and groups change nothing. Any t will do, fewer than ranks included. What a rank's reading raises is
-    raised on all.
+    tower: the vision tower; open_patches() -> ((t,h,w) in patches, merge, read), where read(lo, hi)
+    gives the patches of temporal patches lo to hi, float32 [n,C]; group: temporal patches that go
+    through the tower at once, so that an hour of video is never in memory as pixels.
+    Returns (vision [V,D], (t,h,w)) on every rank.
+
+    Each rank reads its own frames only. Frames do not attend to one another in the tower, so shards
+    and groups change nothing. Any t will do, also fewer than ranks. An error of open_patches or
+    read on one rank is raised on all.
     """
-    def own():
+    def encode_own_frames():
         (t, h, w), merge, read = open_patches()
         parts = []
         for first, last in spans(t, ranks, group):
             patches = read(first, last).to(ranks.device, tower.dtype)
-            grids = [[last - first, h, w]]
-            if tower.config.model_type.startswith("glm4v"):                    # it takes one temporal patch at a time
-                grids = [[1, h, w]] * (last - first)
-            parts.append(tower(patches, grid_thw=torch.tensor(grids, device=ranks.device)).pooler_output)
-        return (t, h, w), h * w // merge ** 2, parts       # a temporal patch is so many vision tokens
+            # A grid for each temporal patch: the same result as one for all, and the only form
+            # that GLM-4.1V's tower takes.
+            grids = torch.tensor([[1, h, w]] * (last - first), device=ranks.device)
+            parts.append(tower(patches, grid_thw=grids).pooler_output)
+        return (t, h, w), h * w // merge ** 2, parts
 
-    (t, h, w), tokens, parts = together(own, ranks)
+    (t, h, w), tokens, parts = together(encode_own_frames, ranks)      # tokens a temporal patch
     if ranks.sp == 1:
         return torch.cat(parts), (t, h, w)
-    sizes = [(hi - lo) * tokens for lo, hi in (shard(t, r, ranks.sp) for r in range(ranks.sp))]
+    sizes = []
+    for rank in range(ranks.sp):
+        lo, hi = shard(t, rank, ranks.sp)
+        sizes.append((hi - lo) * tokens)
+    # An all-gather takes equal parts: each is padded to the largest, and cut afterwards.
     width = tower.config.out_hidden_size
-    mine = torch.zeros(max(sizes), width, dtype=tower.dtype, device=ranks.device)                  # [padded, D]
+    padded = torch.zeros(max(sizes), width, dtype=tower.dtype, device=ranks.device)
     if parts:
-        mine[:sizes[ranks.sp_rank]] = torch.cat(parts)
-    every = [torch.empty_like(mine) for _ in sizes]
-    dist.all_gather(every, mine, group=ranks.group)
-    return torch.cat([x[:n] for x, n in zip(every, sizes)]), (t, h, w)                             # [V, D], in order
+        padded[:sizes[ranks.sp_rank]] = torch.cat(parts)
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded, group=ranks.group)
+    vision = torch.cat([x[:n] for x, n in zip(gathered, sizes)])       # [V, D], in order
+    return vision, (t, h, w)
 
 
 class Cache:
@@ -135,7 +150,7 @@ class Cache:
         """Whether `get` would find this key. A guess: another rank or run may be at work on it."""
         return key in self.kept or (self.disk is not None and self.disk.has(key))
 
-    def get(self, key, make, ranks=Ranks()):
+    def get(self, key, make, ranks=ALONE):
         """What make() -> (vision [V,D], (t,h,w), seconds) returned for this key: earlier, in
         another run, or now. vision is on the CPU.
 
@@ -161,7 +176,7 @@ class Cache:
         it. Meanwhile it holds the entry's lock: nobody encodes what another is encoding."""
         is_first = ranks.sp_rank == 0
         with self.disk.lock(key) if is_first else nullcontext():
-            entry = led(lambda: self.disk.read(key), ranks)
+            entry = on_first(lambda: self.disk.read(key), ranks)
             if entry is None:
                 entry = make()
                 if is_first:
@@ -169,64 +184,86 @@ class Cache:
             return entry
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# stage 2
+# --------------------------------------------------------------------------------------------------
+# stage 2: the sequence over the ranks
 
 def check_heads(heads, kv_heads, ranks):
-    """Raises ValueError where attention heads cannot be shared out: heads must be a multiple of sp; kv heads a multiple
-    or a divisor of it. (The number of heads matters to stage 2 alone.)"""
-    if heads % ranks.sp or (kv_heads % ranks.sp and ranks.sp % kv_heads):
-        fit = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
-        raise ValueError(f"stage 2 with sp = {ranks.sp}: {heads} attention heads and {kv_heads} key-value heads cannot be "
-                         f"shared out; sp can be {', '.join(map(str, fit))} for this model, or switch stage2 off")
+    """Raises ValueError where stage 2 cannot share out the attention heads: heads must be a
+    multiple of sp, and key-value heads a multiple or a divisor of it."""
+    def fits(sp):
+        return heads % sp == 0 and (kv_heads % sp == 0 or sp % kv_heads == 0)
+
+    if not fits(ranks.sp):
+        possible = ", ".join(str(sp) for sp in range(1, heads + 1) if fits(sp))
+        raise ValueError(f"stage 2 with sp = {ranks.sp}: {heads} attention heads and {kv_heads} "
+                         f"key-value heads cannot be shared out; sp can be {possible} for this "
+                         "model, or switch stage2 off")
 
 
 class Ulysses:
-    """Stage 2: the packed sequence sharded over the sp ranks, around the same attention. A layout for attention.
+    """The packed sequence sharded over the sp ranks (section 5.2), around the same attention.
 
-    Each rank holds 1/sp of the prefix and 1/sp of the completions, split separately, so that no rank gets all of the
-    head's work. In every layer an all-to-all trades them: heads out, sequence in; each rank attends over the whole
-    sequence with its share of the heads; a second all-to-all trades back. Gradients go the same way.
+    Each rank holds 1/sp of the prefix and 1/sp of the completions. They are split separately so
+    that every rank has an equal share of the head's work, which is in the completions alone. In
+    each layer an all-to-all trades sequence for heads: each rank attends over the whole sequence
+    with its share of the heads. A second one trades back. Gradients take the same way.
     """
 
-    def __init__(self, whole, prefix, ranks):
-        """whole: the layout of the whole sequence; prefix: positions of the prefix on each rank."""
-        self.whole, self.prefix, self.sp, self.group = whole, prefix, ranks.sp, ranks.group
+    def __init__(self, layout, prefix, ranks):
+        """layout: attention over the whole sequence, see `model.layout_attention`; prefix: how
+        many positions of the prefix each rank holds."""
+        self.layout = layout
+        self.prefix = prefix
+        self.sp = ranks.sp
+        self.group = ranks.group
 
     def __call__(self, layer, q, k, v, scale):
-        kv = k.shape[1]
-        if kv < self.sp:                                   # every rank needs a kv head: sp/kv ranks share one
-            k, v = (x.repeat_interleave(self.sp // kv, 1) for x in (k, v))
-        q, k, v = (self.gather_sequence(x) for x in (q, k, v))                 # [B, heads/sp, S, d]
-        return self.gather_heads(self.whole(layer, q, k, v, scale))            # [B, heads, S/sp, d]
+        kv_heads = k.shape[1]
+        if kv_heads < self.sp:                             # sp / kv_heads ranks share each of them
+            k = k.repeat_interleave(self.sp // kv_heads, 1)
+            v = v.repeat_interleave(self.sp // kv_heads, 1)
+        q = self.gather_sequence(q)                                    # [B, heads/sp, S, d]
+        k = self.gather_sequence(k)
+        v = self.gather_sequence(v)
+        return self.gather_heads(self.layout(layer, q, k, v, scale))   # [B, heads, S/sp, d]
 
-    def trade(self, x):
+    def all_to_all(self, x):
         """[sp, ...], one part for each rank -> [sp, ...], one part from each."""
         return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
 
-    def gather_sequence(self, x):                                              # [B, heads, S/sp, d]
-        x = self.trade(torch.stack(x.chunk(self.sp, dim=1)))                   # [sp, B, heads/sp, S/sp, d]
-        prefix, own = x[:, :, :, :self.prefix], x[:, :, :, self.prefix:]
-        return torch.cat([part for x in (prefix, own) for part in x], dim=2)   # prefix of all ranks, then completions
+    def gather_sequence(self, x):
+        """[B,heads,S/sp,d] -> [B,heads/sp,S,d]"""
+        x = self.all_to_all(torch.stack(x.chunk(self.sp, dim=1)))      # [sp, B, heads/sp, S/sp, d]
+        prefixes = x[:, :, :, :self.prefix]
+        completions = x[:, :, :, self.prefix:]
+        return torch.cat([*prefixes, *completions], dim=2)             # prefix of all ranks first
 
-    def gather_heads(self, x):                                                 # [B, heads/sp, S, d]
-        prefix, own = x.split([self.prefix * self.sp, x.shape[2] - self.prefix * self.sp], dim=2)
-        x = torch.stack([torch.cat(pair, dim=2) for pair in zip(prefix.chunk(self.sp, 2), own.chunk(self.sp, 2))])
-        return torch.cat(list(self.trade(x)), dim=1)                           # [B, heads, S/sp, d]
+    def gather_heads(self, x):
+        """[B,heads/sp,S,d] -> [B,heads,S/sp,d]"""
+        whole_prefix = self.prefix * self.sp
+        prefix, completions = x.split([whole_prefix, x.shape[2] - whole_prefix], dim=2)
+        parts = []                                                     # one for each rank
+        for pair in zip(prefix.chunk(self.sp, dim=2), completions.chunk(self.sp, dim=2)):
+            parts.append(torch.cat(pair, dim=2))
+        return torch.cat(list(self.all_to_all(torch.stack(parts))), dim=1)
 
 
 def all_heads(x, kv_heads, ranks):
-    """Keys or values of all heads on every rank, from those that Ulysses dealt out. [B,heads/sp,S,d] -> [B,kv heads,S,d]"""
+    """Keys or values of all heads on every rank, from the shares that Ulysses left with each.
+    [B,heads/sp,S,d] -> [B,kv_heads,S,d]"""
     if ranks.sp == 1:
         return x
-    every = [torch.empty_like(x) for _ in range(ranks.sp)]
-    dist.all_gather(every, x, group=ranks.group)
-    return torch.cat(every[::max(1, ranks.sp // kv_heads)], dim=1)             # fewer kv heads than ranks: several hold the same
+    gathered = [torch.empty_like(x) for _ in range(ranks.sp)]
+    dist.all_gather(gathered, x, group=ranks.group)
+    copies = max(1, ranks.sp // kv_heads)                  # ranks that hold the same head
+    return torch.cat(gathered[::copies], dim=1)
 
 
 def columns(prefix, completions, ranks):
-    """The places of a packed sequence that a rank holds: 1/sp of the prefix, 1/sp of the completions. -> long [S/sp]"""
-    (p0, p1), (c0, c1) = (shard(n, ranks.sp_rank, ranks.sp) for n in (prefix, completions))
+    """The places of a packed sequence that this rank holds: 1/sp of its prefix and 1/sp of its
+    completions, two numbers of places that sp divides. -> long [S/sp]"""
+    p0, p1 = shard(prefix, ranks.sp_rank, ranks.sp)
+    c0, c1 = shard(completions, ranks.sp_rank, ranks.sp)
     return torch.cat([torch.arange(p0, p1), torch.arange(prefix + c0, prefix + c1)])
 
 
@@ -243,6 +280,6 @@ class SumForward(torch.autograd.Function):
 
 
 def sum_forward(x, ranks):
-    """x summed over the sp ranks; the gradient goes to a rank's own x alone, unsummed: every rank makes the same loss
-    of the sum, and the ranks' gradients are summed later, once."""
+    """x summed over the sp ranks. The gradient goes unsummed to each rank's own x: all ranks make
+    the same loss of the sum, and their gradients are summed once, later."""
     return SumForward.apply(x, ranks.group)

@@ -27,6 +27,7 @@ import encode
 import model as vlm
 import toy
 from flow import Completion
+from plumbing import sharding
 from plumbing.ranks import leave
 
 VLLM_VERSION = "0.32.0"
@@ -265,7 +266,7 @@ class VLLM:
             self.llm.wake_up()
         version = sum(p._version for p in model.parameters())
         if version != self.version:
-            weights = ((name, w) for name, w in vlm.weights(model, tied=True) if ".visual." not in name)      # vLLM misses a tied head
+            weights = ((name, w) for name, w in sharding.weights(model, tied=True) if ".visual." not in name)      # vLLM misses a tied head
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self.llm.reset_prefix_cache()
             self.llm.llm_engine.reset_encoder_cache()      # reload_weights empties the worker's; the scheduler must know
@@ -337,7 +338,7 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=Fal
         engine.load(model)
         mine = engine.sample(prompts, keys, **how) if any(keys) else []
         engine.rest()
-    with vlm.gathered(model, unless=engine):
+    with sharding.gathered(model, unless=engine):
         while at < len(prompts) and any(keys) and not engine:
             n, longest = 0, 0
             while at + n < len(prompts):

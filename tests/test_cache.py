@@ -97,8 +97,8 @@ def hash_patches(patches, grid):
 def count_patches(tower, seen):
     """Add every temporal patch that goes through the tower to seen, by its content."""
     def note(_, args, kwargs):
-        [grid] = kwargs["grid_thw"].tolist()
-        seen.extend(hash_patches(args[0], grid))
+        grids = kwargs["grid_thw"].tolist()                # one for each temporal patch
+        seen.extend(hash_patches(args[0], (len(grids), *grids[0][1:])))
     return tower.register_forward_pre_hook(note, with_kwargs=True)
 
 

@@ -17,6 +17,7 @@ import torch
 
 import encode
 import train
+from plumbing import ranks
 from test_train import BOUND, ENV, ROOT, SMALL, TRAIN, ended, flags, metrics, one_clear_line, question, same, script, timeless, torchrun, weights, write
 
 HOW = {**SMALL, "sft_steps": 4, "rl_steps": 6, "prompts_per_step": 2, "eval_every": 0, "save_every": 2, "show_every": 0}
@@ -73,7 +74,8 @@ def test_a_machine_that_dies_ends_the_other_and_both_go_on_when_started_again(tm
 LIAR = f"""
 import os, runpy, sys, time
 sys.path.insert(0, {ROOT!r})
-import torch, encode
+import torch
+from plumbing import ranks
 rank = int(os.environ["RANK"])
 if sys.argv[1] == "torch" and rank:
     torch.__version__ = "2.12.1"
@@ -82,7 +84,7 @@ if sys.argv[1] == "gpus":
 if sys.argv[1] == "flag" and rank:
     sys.argv.append("--lr=0.5")
 if sys.argv[1] == "silent":
-    encode.PATIENCE = encode.timedelta(seconds=5)
+    ranks.PATIENCE = ranks.timedelta(seconds=5)
     if rank:
         time.sleep(1000)                                   # torchrun ends it when rank 0 has ended
 sys.argv[:2] = ["train.py"]
@@ -106,11 +108,11 @@ def test_sp_is_compared_as_each_machine_settles_it(monkeypatch):
     def note(store, rank, world, facts, wrong):
         raise KeyError(facts["sp"])
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(None, 0, 3)]))
-    monkeypatch.setattr(encode, "meet", note)
+    monkeypatch.setattr(ranks, "meet", note)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     with pytest.raises(KeyError, match="2"):
-        encode.start(0, {"sp": 0})
+        ranks.start(0, {"sp": 0})
 
 
 def test_facts_are_compared_value_by_value():
@@ -119,13 +121,13 @@ def test_facts_are_compared_value_by_value():
     for rank, facts in enumerate(every[1:], 1):
         store.set(f"met {rank}", json.dumps([facts, ""]))
     with pytest.raises(ValueError, match="^the ranks cannot work together: torch = 2 on rank 0 2, 3 on rank 1 3; sp = 1 on rank 0 1 3, 4 on rank 2$"):
-        encode.meet(store, 0, 4, every[0])
+        ranks.meet(store, 0, 4, every[0])
     store.set("met 3", json.dumps([every[3] | {"torch": "2", "new": 1}, ""]))
     with pytest.raises(ValueError, match="; new = None on rank 0 1 2, 1 on rank 3$"):                # what another version's rank adds
-        encode.meet(store, 0, 4, every[0])
+        ranks.meet(store, 0, 4, every[0])
     for rank in range(4):
         store.set(f"met {rank}", json.dumps([every[0], ""]))
-    encode.meet(store, 3, 4, every[0])
+    ranks.meet(store, 3, 4, every[0])
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has a total"), MemoryError(),

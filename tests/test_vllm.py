@@ -19,6 +19,7 @@ import encode
 import model as vlm
 import rollout
 import train
+from plumbing import sharding
 from test_families import as_published, tiny_glm
 
 ROOT, ALONE = Path(__file__).parent.parent, encode.Ranks()
@@ -259,7 +260,7 @@ def worker(folder, out, share):
     ranks = encode.start(2)
     model, tokenizer = vlm.load(folder)
     if "sharded" in share:
-        vlm.shard(model, ranks)
+        sharding.shard_parameters(model, ranks)
     prompts, result = make_prompts(model, tokenizer), []
     engine = rollout.VLLM(folder, model, tokenizer, ranks, 512, share="one over both" in share)
     for change in (0.0, 0.02):                             # before and after an update
@@ -267,7 +268,7 @@ def worker(folder, out, share):
             for p in model.parameters():
                 p.mul_(1 + change)
         groups = rollout.rollout(model, tokenizer, prompts, keys(4, 4), ranks, engine=engine, **HOW)
-        with vlm.gathered(model):
+        with sharding.gathered(model):
             gap = largest_gap(model, prompts, groups, vlm.banned_ids(model, tokenizer))
         result.append([[[x.tokens.tolist() for x in g] for g in groups], gap])
     Path(out, f"{ranks.rank}.json").write_text(json.dumps(result))

@@ -1,0 +1,113 @@
+"""
+Hugging Face checkpoint directories, in and out.
+"""
+import json
+import os
+from contextlib import contextmanager
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging
+
+from plumbing.families import FAMILIES, read_pixels
+
+logging.disable_progress_bar()          # one bar is enough: train.py's
+
+
+# --------------------------------------------------------------------------------------------------
+# loading
+
+def load_pretrained(name, dtype):
+    """A checkpoint of a known family. -> (model, tokenizer, `Pixels`)
+
+    name: a Hugging Face directory or hub name. Raises ValueError, in one line that names the
+    checkpoint, where a file is missing or damaged, where the family is unknown, and where a
+    tensor is missing, not expected or of another shape: transformers only logs these.
+    """
+    looks_local = name.startswith((".", "/")) or name.count("/") > 1
+    if looks_local or os.path.exists(name):
+        if not os.path.exists(os.path.join(name, "config.json")):
+            raise ValueError(f"{name} is no checkpoint: it has no config.json")
+    with in_one_line(name):
+        kind = AutoConfig.from_pretrained(name).model_type
+    if kind not in FAMILIES:
+        raise ValueError(unknown_family(name, kind))
+    with in_one_line(name):
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    pixels = read_pixels(name, FAMILIES[kind])
+    wrong = []
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        wrong += [str(tensor) for tensor in sorted(info[key])]
+    if wrong:
+        raise ValueError(f"{name}: tensors missing, not expected or of another shape: "
+                         f"{', '.join(wrong[:5])} ({len(wrong)} in all)")
+    return model, tokenizer, pixels
+
+
+@contextmanager
+def in_one_line(name):
+    """The errors of transformers, of many kinds and lines, as one that names the checkpoint."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError,
+            SafetensorError) as e:
+        if os.path.isdir(name):
+            what = f"{name} has a file that is missing, damaged or of another kind"
+        else:
+            what = (f"{name} is no directory here and did not come from the hub: see whether the "
+                    "name is right and the network there, or give the directory of a copy")
+        text = " ".join(str(e).split())[:500]
+        raise ValueError(f"{what}. transformers said: {type(e).__name__}: {text}") from e
+
+
+def unknown_family(name, kind):
+    """Why a checkpoint of this kind is not read."""
+    text = f"{name} is a {kind} model; this code reads {' and '.join(FAMILIES)} checkpoints"
+    if kind.startswith("qwen3_vl"):
+        text += ("; its tower adds features to several layers of the language model (deepstack), "
+                 "and what is cached, gathered and sharded here is one vector a vision token")
+    return text
+
+
+def cast_parameters(model, dtype):
+    """Parameters alone get the dtype: M-RoPE's frequencies, which are buffers, stay float32. In
+    bfloat16 they are off by a radian at position 1,000.
+
+    They are copied, too: weights from a file lie anywhere in memory, and matrix kernels round by
+    alignment, so without the copy a resumed run differs in the last bit from one that never
+    stopped.
+    """
+    for p in model.parameters():
+        p.data = p.data.to(dtype, copy=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# saving
+
+def save_pretrained(model, tokenizer, path, weights=None):
+    """A checkpoint that transformers and vLLM load as it is: weights, configs, tokenizer and
+    preprocessing. weights: {name: tensor}, gathered, where those of model are sharded."""
+    model.save_pretrained(path, state_dict=weights)
+    tokenizer.save_pretrained(path)
+    px = model.pixels
+    family = FAMILIES[model.config.model_type]
+    shared = {"image_mean": px.mean, "image_std": px.std, "patch_size": px.patch,
+              "temporal_patch_size": px.temporal, "merge_size": px.merge}
+    least, most = px.video_pixels or (px.min_pixels, px.max_pixels)
+    videos = {"size": {"shortest_edge": least, "longest_edge": most}}
+    images = videos
+    if px.video_pixels:
+        # Pictures have other bounds then, which we do not read: transformers' own, spelled out,
+        # since vLLM has no default.
+        images = {"size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000}}
+        if px.max_pixels < px.video_pixels[1]:
+            videos = videos | {"max_frame_pixels": px.max_pixels}
+    images = images | {"image_processor_type": family.image_processor}
+    videos = videos | {"video_processor_type": family.video_processor}
+    for file, content in (("preprocessor_config.json", images),
+                          ("video_preprocessor_config.json", videos)):
+        with open(os.path.join(path, file), "w") as f:
+            json.dump({**shared, **content, "processor_class": family.processor}, f, indent=1)

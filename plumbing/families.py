@@ -1,0 +1,224 @@
+"""
+The families of checkpoints that this code reads: what differs between them, as facts in a table;
+how each writes a prompt; and the bounds on a frame's pixels, which a checkpoint's own files tell.
+"""
+import json
+import math
+from dataclasses import dataclass
+
+from transformers.utils import cached_file
+
+from flow import Pixels
+
+# The last line of every question. plumbing/tiny.py makes each of its words one token.
+INSTRUCTION = ("First reason between <think> and </think>, "
+               "then give the answer between <answer> and </answer>.")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>",    # GLM-4.1V has control tokens for them
+        "<|begin_of_box|>", "<|end_of_box|>")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What this code must know of a family of models."""
+    image_processor: str   # the names by which transformers finds the processors: of pictures,
+    video_processor: str   # of videos,
+    processor: str         # and of both with text
+    vision_pad: str        # the config's name of the id that stands where a vision token goes
+    around: tuple = ()     # the config's names of the ids before and after a temporal patch
+    clock: str = ""        # text after a temporal patch that tells when it is; "" where time is in
+                           # the M-RoPE positions and all temporal patches are one run of pads
+    video_bounds: bool = False  # the files bound the pixels of a whole video, not those of a frame
+
+
+FAMILIES = {   # model_type in config.json -> Family
+    "qwen2_5_vl": Family("Qwen2VLImageProcessor", "Qwen2VLVideoProcessor", "Qwen2_5_VLProcessor",
+                         vision_pad="video_token_id"),
+    # GLM-4.1V writes a video as its pictures, with the second of each as text after it.
+    "glm4v": Family("Glm4vImageProcessor", "Glm4vVideoProcessor", "Glm4vProcessor",
+                    vision_pad="image_token_id", clock="{second}", video_bounds=True,
+                    around=("image_start_token_id", "image_end_token_id")),
+}
+
+
+def vision_pad(config):
+    """The id that stands where a vision token goes."""
+    return getattr(config, FAMILIES[config.model_type].vision_pad)
+
+
+def stop_ids(model, tokenizer):
+    """The ids that end a completion, the end of turn first."""
+    stops = model.generation_config.eos_token_id           # an id, several, or None
+    stops = stops if isinstance(stops, list) else [stops]
+    end_of_turn = tokenizer.eos_token_id
+    return [end_of_turn, *(i for i in stops if i not in (None, end_of_turn))]
+
+
+def decode(tokenizer, ids, stops):
+    """A completion's text without what ended it, unless that is a tag: GLM-4.1V stops at
+    </answer>."""
+    silent = [i for i in stops if tokenizer.decode([i]) not in TAGS]
+    return tokenizer.decode([i for i in ids if i not in silent])
+
+
+# --------------------------------------------------------------------------------------------------
+# prompt forms
+
+def template_ids(config, tokenizer):
+    """The chat template of a user's turn with one video, and INSTRUCTION after the question.
+
+    -> three lists of ids: before the video, between video and question, after the question. Raises
+    ValueError where the template has no place for a video.
+    """
+    mark = "\x00"                                          # in the place of the question
+    content = [{"type": "video"}, {"type": "text", "text": mark}]
+    text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                         add_generation_prompt=True)
+    head, tail = text.split(mark)
+    head = tokenize(tokenizer, head)
+    count = head.count(config.video_token_id)
+    if count != 1:
+        raise ValueError(f"the chat template gives {count} vision pads for one video, expected one")
+    at = head.index(config.video_token_id)
+    return head[:at], head[at + 1:], tokenize(tokenizer, "\n" + INSTRUCTION + tail)
+
+
+def tokenize(tokenizer, text):
+    """Text of our own, in which control tokens are control tokens. -> list of ids"""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def tokenize_text(tokenizer, text):
+    """Text as text: a control token that is spelled out in it is broken up. -> list of ids
+
+    A question that contains "<|video_pad|>" must become the letters of that word, never the token.
+    """
+    controls = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    pieces = [text]
+    for control in sorted(controls, key=len, reverse=True):
+        pieces = [part for piece in pieces for part in break_up(piece, control)]
+    ids = []
+    for piece in filter(None, pieces):
+        ids += tokenize(tokenizer, piece)
+    bad = [i for i in ids if i in tokenizer.added_tokens_decoder]
+    assert not bad, f"text became control tokens {bad}: {text!r}"
+    return ids
+
+
+def break_up(text, control):
+    """text in parts, cut after the first letter of each control token in it."""
+    first, *rest = text.split(control)
+    parts = [first]
+    for part in rest:
+        parts[-1] += control[0]
+        parts.append(control[1:] + part)
+    return parts
+
+
+def video_ids(config, tokenizer, grid, seconds, px):
+    """What stands for a video in a prompt.
+
+    config: the model's; grid: (t, h, w) in patches; seconds: between two frames; px: `Pixels`.
+    -> (ids, the grid of each run of pads in them, M-RoPE positions between the temporal patches
+    of a run)
+    """
+    family = FAMILIES[config.model_type]
+    t, h, w = grid
+    pads = [vision_pad(config)] * (h * w // px.merge ** 2)             # of one temporal patch
+    if not family.clock:
+        interval = seconds * px.temporal * config.vision_config.tokens_per_second
+        return pads * t, [grid], interval
+    start, end = (getattr(config, name) for name in family.around)
+    ids = []
+    for i in range(t):
+        # The time is that of a temporal patch's first frame. Frames are taken from the middle of
+        # equal parts of the video, hence 0.5.
+        second = int((i * px.temporal + 0.5) * seconds + 1e-6)
+        ids += [start, *pads, end]
+        ids += tokenize(tokenizer, family.clock.format(second=second))
+    return ids, [(1, h, w)] * t, 0.0
+
+
+# --------------------------------------------------------------------------------------------------
+# pixels
+
+def read_pixels(name, family):
+    """The `Pixels` of a checkpoint directory or hub name. Raises ValueError where it has no
+    preprocessing file, or a damaged one."""
+    files = "video_preprocessor_config.json", "processor_config.json", "preprocessor_config.json"
+    for file in files:
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            continue
+        try:
+            with open(path) as f:
+                content = json.load(f)
+            content = content.get("video_processor", content)
+            if "image_mean" in content:
+                return to_pixels(content, family)
+        except KeyError as e:
+            raise ValueError(f"{path}: it has no {e}") from e
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}: damaged ({e})") from e
+    raise ValueError(f"{name} has no {files[0]}, {files[1]} or {files[2]} with image_mean in it; "
+                     "copy the one its authors publish")
+
+
+def to_pixels(content, family):
+    """The content of a preprocessing file as `Pixels`. Raises KeyError for what it lacks."""
+    size = content.get("size") or {}
+    shared = [content[key] for key in ("image_mean", "image_std", "patch_size",
+                                       "temporal_patch_size", "merge_size")]
+    if family.video_bounds:                                # the defaults are transformers'
+        least = size.get("shortest_edge", 112 * 112)
+        most = size.get("longest_edge", 28 * 28 * 2 * 30000)
+        # max_frame_pixels is ours: checkpoints.save_pretrained writes it.
+        most_of_frame = content.get("max_frame_pixels", most)
+        return Pixels(*shared, min_pixels=0, max_pixels=most_of_frame, video_pixels=(least, most))
+    least = content.get("min_pixels") or size["shortest_edge"]     # the older form comes first
+    most = content.get("max_pixels") or size["longest_edge"]
+    return Pixels(*shared, min_pixels=least, max_pixels=most)
+
+
+def frame_size(height, width, px, frames=1):
+    """The size frames are resized to, as transformers computes it: both sides are whole vision
+    tokens, and the area is within the checkpoint's bounds.
+
+    height, width: in pixels; px: `Pixels`; frames: how many the video has, which matters where
+    all of them together have bounds. -> (height, width). Raises ValueError where one side is more
+    than 200 times the other.
+
+    >>> frame_size(720, 1280, Pixels([], [], 14, 2, 2, 28 * 28, 112 * 112))
+    (84, 140)
+    """
+    unit = px.patch * px.merge                             # the side of a vision token
+    if px.video_pixels and min(height, width) < unit:
+        scale = max(unit / height, unit / width)
+        height = int(height * scale)
+        width = int(width * scale)
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"frames of {height} x {width}: sides that differ more than 200 times "
+                         "are not supported")
+    original = height, width
+    size = round(height / unit) * unit, round(width / unit) * unit
+    if px.video_pixels:
+        frames = max(frames, px.temporal)                  # a picture fills a temporal patch
+        padded = round(frames / px.temporal) * px.temporal
+        size = within(size, original, unit, *px.video_pixels, frames, padded)
+    return within(size, original, unit, px.min_pixels, px.max_pixels)
+
+
+def within(size, original, unit, least, most, frames=1, padded=1):
+    """size where its area is within (least, most), else the nearest that keeps original's shape.
+
+    least and most are of all frames together: `padded` of them when the area is compared, and
+    `frames` when the scale is computed. That is what transformers does.
+    """
+    height, width = original
+    area = padded * size[0] * size[1]
+    if area > most:
+        shrink = math.sqrt(frames * height * width / most)
+        return tuple(max(unit, math.floor(side / shrink / unit) * unit) for side in original)
+    if area < least:
+        grow = math.sqrt(least / (frames * height * width))
+        return tuple(math.ceil(side * grow / unit) * unit for side in original)
+    return size
