@@ -379,12 +379,6 @@ def recompute_layers(model):
     text.train()                                           # transformers checkpoints in this mode alone; nothing here drops out
 
 
-def compile_layers(model):
-    """Decoder layers through torch.compile, one graph for all of them and for any length. Sampling stays as it is: see rollout.sample."""
-    for layer in model.model.language_model.layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)             # inside checkpointing and hooks, which stay outside
-
-
 def one_forward(work):
     """work(model, ...) as one forward of the model: where parameters are sharded, those of no layer (embeddings, head) are
     gathered before it, and once for its backward, in however many parts work calls them."""

@@ -90,7 +90,6 @@ class Config:
     stage2: bool = False           # shard the sequence over them too, in prefill and training: for videos too long for one
     fsdp: bool = False             # weights, gradients and optimizer state sharded over all ranks, from the freezing of the tower on
     checkpointing: bool = False    # decoder layers computed again in the backward: a tenth of the memory, a fifth more time
-    compile: bool = False          # decoder layers through torch.compile in training: a minute once, then a fifth less memory
     dtype: str = "float32"         # of weights and activations; "bfloat16" on GPUs
     max_tokens: int = 16384        # the most positions in one forward, padding included, but for a group that alone has more
     # the video
@@ -138,7 +137,7 @@ class Config:
 MOST_GAP = {"float32": 1e-3, "bfloat16": 0.1}              # between sampler and trainer, in log-prob, on average over a step
 
 # What may differ when a run goes on: none of these changes what a step computes (sp to max_tokens: to float error).
-MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "fsdp", "checkpointing", "compile",
+MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2", "fsdp", "checkpointing",
               "max_tokens", "vllm_memory", "vllm_share", "rl_steps", "eval_every", "eval_samples", "eval_frames", "eval_budgets",
               "pass_k", "show_every", "save_every"}
 MACHINE = {"video_dir", "cache_dir", "cache_gb", "out_dir", "vllm_memory"}           # what may differ between the machines of a run
@@ -178,10 +177,6 @@ def check(c, ranks):
         raise ValueError(f'dtype is "float32" or "bfloat16", not {c.dtype!r}')
     if c.loss_average not in ("sample", "token"):
         raise ValueError(f'loss_average is "sample" or "token", not {c.loss_average!r}')
-    if c.compile and c.stage2 and ranks.sp > 1:            # tried on gloo: two ranks wait for one another for ever
-        raise ValueError("compile and stage2 do not go together over several sp ranks: switch one of them off")
-    if c.compile and c.fsdp and ranks.world > 1:
-        raise ValueError("compile and fsdp were never tried together: switch one of them off")
     if c.group_size < 2:
         raise ValueError(f"group_size = {c.group_size}: a group needs at least 2 completions to compare")
     if c.group_size % ranks.sp:
@@ -756,8 +751,6 @@ def main(c):
     model, tokenizer = load(found or c.model)
     if c.checkpointing:
         vlm.recompute_layers(model)
-    if c.compile:
-        vlm.compile_layers(model)
     banned, tower = vlm.banned_ids(model, tokenizer), model.model.visual
     lines = []
     if ranks.rank == 0:                                    # what was logged after the checkpoint will be logged again
