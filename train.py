@@ -67,6 +67,7 @@ import grpo
 import model as vlm
 import rewards
 from flow import Group
+from plumbing.plots import draw_curves, draw_sweep, eval_table
 from plumbing.ranks import explain as machine_error, gather, merged, send_groups as move
 from curriculum import Curriculum, balanced, grade_line, has_signal, read_grades
 from rollout import VLLM, import_vllm, leave, limits, rollout, room
@@ -528,43 +529,6 @@ def evaluate(model, tokenizer, samples, c, ranks, cache, engine=None, k=0, grade
     return result | {"tiers": [{"samples": len(tier), "accuracy": mean(tier)} for tier in tiers]} if known.recent else result
 
 
-def eval_table(result, rows):
-    """Text: evaluate's result by domain and by tier, and a line for each of a sweep."""
-    percent = lambda x, wide: f"{x:{wide}.1%}" if x is not None else "-".rjust(wide)
-    parts = [(domain, "", accuracy) for domain, accuracy in result["domains"].items()]
-    for i, (word, tier) in enumerate(zip((" (hard)", "", "", "", " (easy)"), result.get("tiers", []))):
-        parts.append((f"tier {i}{word}", tier["samples"], tier["accuracy"] if tier["samples"] else None))
-    parts.append(("all", result["samples"], result["accuracy"]))               # tiers: by the grades given, or else by its own answers
-    lines = [f"{'':14} samples  accuracy"] + [f"{name:14} {n:>7} {percent(accuracy, 9)}" for name, n, accuracy in parts]
-    lines[-1] += f"; {result['dropped']} dropped" * bool(result["dropped"])
-    lines[-1] += f"; format {result['format']:.1%}, " + ", ".join(f"{k} {v:.1%}" for k, v in result.items() if k.startswith("pass@"))
-    if rows:
-        lines += ["", "frames  thinking tokens  samples  accuracy  format  forced  of these right  tokens an answer"]
-    for r in rows:
-        span = f"{r['think_least']}-{r['think_budget']}" if r["think_least"] else r["think_budget"]
-        lines.append(f"{r['frames']:6d} {span:>16} {r['samples']:8d} {percent(r['accuracy'], 9)} {percent(r['format'], 7)} {percent(r['forced'], 7)} "
-                     f"{percent(r['forced_accuracy'], 15)} {r['length']:17.1f}")
-    return "\n".join(lines)
-
-
-def draw_sweep(results, path):
-    """Accuracy against thinking tokens, a line for each number of frames; or against frames, where these alone vary."""
-    from matplotlib.figure import Figure
-    axis, budgets = Figure(figsize=(6, 4), layout="constrained").subplots(), {(r["think_least"], r["think_budget"]) for r in results}
-    if len(budgets) > 1:
-        for i, frames in enumerate(sorted({r["frames"] for r in results})):
-            for least, mark in ((False, "o-"), (True, "^:")):
-                line = sorted((r["think_least"] or r["think_budget"], r["accuracy"]) for r in results
-                              if r["frames"] == frames and bool(r["think_least"]) == least)
-                if line:
-                    axis.plot(*zip(*line), mark, color=f"C{i}", label=f"{frames} frames, " + ('forced on until so many, by "Wait,"' if least else "cut after so many"))
-        axis.legend(frameon=False)
-    else:
-        axis.plot(*zip(*sorted((r["frames"], r["accuracy"]) for r in results)), "o-")
-    axis.set(title="held-out accuracy, greedy", xlabel="tokens of thinking" if len(budgets) > 1 else "frames", ylim=(0, 1))
-    axis.figure.savefig(path, dpi=100)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # grading: how hard is each question for a model, before training (GLM-4.1V §5.3: offline pass@k)
 
@@ -1007,44 +971,6 @@ def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, bann
             "sampler_gap_max": first["gap_max"] if first else 0.0, "skipped": skipped, "dropped": len(curriculum.dropped),
             "unscored": len(unscored), **domains, "balance": mean(balance) if balance else 1.0, "grad_norm": mean(norms),
             **{f"{k}_s": round(v, 4) for k, v in clock.seconds.items()}}
-
-
-def draw_curves(lines, path):
-    """metrics.jsonl as a picture."""
-    from matplotlib.figure import Figure
-    rows = [json.loads(line) for line in lines]
-    rl = [r for r in rows if r["stage"] == "rl"]
-    taught = [r for r in rows if r["stage"] != "rl" and "loss" in r]
-    if not rows:
-        return
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    axes = figure.subplots(2, 3)
-    x = [r["step"] for r in rl]
-
-    def panel(axis, title, *keys):
-        for key in keys:
-            axis.plot(x, [r[key] for r in rl], label=key, linewidth=1)
-        axis.set(title=title, xlabel="RL step")
-        axis.legend(fontsize=8, frameon=False)
-
-    for stage, name in (("align", "align"), ("sft", "cold start")):
-        line = [(i, r["loss"]) for i, r in enumerate(taught) if r["stage"] == stage]
-        axes[0, 0].plot(*zip(*line) if line else ([], []), linewidth=1, label=name)
-    axes[0, 0].set(title="loss on what is taught", xlabel="step", yscale="log")
-    axes[0, 0].legend(fontsize=8, frameon=False)
-    panel(axes[0, 1], "sampled answers", "reward", "accuracy", "format")
-    seen = [(0 if r["stage"] == "sft" else r["step"], r["eval_accuracy"]) for r in rows if "eval_accuracy" in r]
-    axes[0, 2].plot(*zip(*seen) if seen else ([], []), "o-")
-    axes[0, 2].set(title="held-out accuracy, greedy", xlabel="RL step (0: after the cold start)", ylim=(0, 1))
-    panel(axes[1, 0], "tokens an answer", "length")
-    panel(axes[1, 1], "entropy; forced answers", "entropy", "forced")
-    if rl:
-        axes[1, 2].stackplot(x, *([r.get(k, 0.0) for r in rl] for k in ("encode_s", "rollout_s", "train_s")),
-                             labels=["encode", "rollout", "train"])
-        axes[1, 2].legend(fontsize=8, frameon=False)
-    axes[1, 2].set(title="seconds a step; later more are asked", xlabel="RL step")
-    figure.savefig(path + ".tmp", dpi=100, format="png")
-    os.replace(path + ".tmp", path)
 
 
 if __name__ == "__main__":
