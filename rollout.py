@@ -93,7 +93,6 @@ def room(tokenizer, think_budget, answer_budget, forced=FORCED, **_):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")    # compiled layers (model.compile_layers) would be compiled anew for every step
 def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=False, watch=None, banned=None, forced=FORCED,
            think_least=0, ranks=encode.Ranks()):
     """Completions of N prompts. keys: N lists of G keys for `stream`, one a completion. -> N lists of G `Completion`s

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import os
+import socket
 import sys
 import time
 from contextlib import suppress
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 import transformers
 from tqdm import tqdm
 
@@ -319,4 +321,51 @@ def run_command(name, main):
             print(f"{name}: {line}", file=sys.stderr, flush=True)
             os._exit(1)                # closing NCCL's groups would wait for ranks that are gone
         sys.exit(f"{name}: {line}")
+    leave()
+
+
+# --------------------------------------------------------------------------------------------------
+# processes of one's own
+
+def spawn(n, work, *arguments):
+    """work(*arguments) in n new processes on this machine, which meet as torchrun's do. -> what it
+    returned on rank 0
+
+    Raises ValueError, with one line, where bad input or an error of the machine ended it.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    results = mp.get_context("spawn").SimpleQueue()
+    try:
+        mp.spawn(spawned, (n, port, results, work, arguments), nprocs=n)
+    except mp.ProcessRaisedException:
+        if results.empty():                                # a bug
+            raise
+    except mp.ProcessExitedException as e:
+        if results.empty():                                # killed, most likely for its memory
+            raise ValueError(str(e)) from e
+    result, problem = results.get()                        # the first rank that could tell
+    if problem:
+        raise ValueError(problem)
+    return result
+
+
+def spawned(rank, n, port, results, work, arguments):
+    """One process of `spawn`: puts (what work returned, problem) into results."""
+    if n > 1:                                              # what torchrun would set
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
+                          LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        result = work(*arguments)
+        if rank == 0:
+            results.put((result, ""))
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        if isinstance(e, (ValueError, OSError)):
+            line, another_rank = str(e), False
+        else:
+            line, another_rank = explain(e) or ("", False)
+        if not line or another_rank:                       # a bug, or another rank tells more
+            raise
+        results.put((None, line))
+        os._exit(1)                    # closing NCCL's groups would wait for ranks that are gone
     leave()

@@ -756,25 +756,6 @@ def test_eval_looks_at_every_budget_and_number_of_frames_asked_for(run, files, t
     assert all(r["forced"] == 1 and r["length"] > 8 for r in whole["rows"] if not r["think_budget"])
 
 
-def test_the_tables_and_the_picture_show_what_was_evaluated(monkeypatch):
-    """The dotted line stood at the mean length of an answer, and budgets with one upper end were drawn against frames."""
-    from matplotlib.figure import Figure
-    row = {"samples": 9, "format": 1.0, "forced": 0.0, "forced_accuracy": None, "length": 70.0}
-    rows = [{**row, "frames": 4, "think_least": least, "think_budget": most, "accuracy": least / 100} for least, most in ((20, 90), (60, 90))]
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self))
-    train.draw_sweep(rows, "none.png")
-    train.draw_sweep([{**rows[0], "frames": f, "accuracy": f / 100} for f in (64, 16)], "none.png")
-    points = [[(list(line.get_xdata()), list(line.get_ydata())) for line in f.axes[0].lines] for f in figures]
-    assert points == [[([20, 60], [0.2, 0.6])], [([16, 64], [0.16, 0.64])]]
-    result = {**row, "dropped": 2, "accuracy": 1 / 3, "domains": {"count": 0.5}, "tiers": [{"samples": n, "accuracy": 0.25} for n in (0, 4, 0, 0, 5)],
-              "pass@1": 0.3, "pass@8": 0.75}
-    table = train.eval_table(result, rows).split("\n")
-    assert table[1].split() == ["count", "50.0%"] and table[2].split()[2:] == ["(hard)", "0", "-"] and table[3].split()[2:] == ["4", "25.0%"]
-    assert table[7].split() == ["all", "9", "33.3%;", "2", "dropped;", "format", "100.0%,", "pass@1", "30.0%,", "pass@8", "75.0%"]
-    assert table[-1].split() == ["4", "60-90", "9", "60.0%", "100.0%", "0.0%", "-", "70.0"]
-
-
 def test_without_force_no_thought_that_was_cut_earns_anything(run, tmp_path, capsys):
     """GLM-4.1V §5.3.1: with force the same cut thoughts are answered, and graded as any answer."""
     results = []
@@ -1064,6 +1045,13 @@ def test_another_configuration_is_refused_by_key(run, copied):
     for key, value in dict(seed=1, lr=0.5, group_size=8, data="toy", model=run.model, frames=4, align_steps=3).items():
         refused({**run.how, "out_dir": copied, key: value}, "another configuration", f"{key} = {run.how.get(key, getattr(train.Config(), key))!r} there",
                 f"{value!r} here")
+
+
+def test_a_hyperparameter_that_is_gone_does_not_keep_a_run_from_going_on():
+    """Checkpoints of older commits have `compile` in their configuration."""
+    c = train.Config()
+    assert not hasattr(c, "compile")
+    train.check_same_run(c, {**asdict(c), "compile": True}, "ckpt-1")
 
 
 def test_a_domain_without_a_verifier_is_refused_before_training(run, tmp_path):

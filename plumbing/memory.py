@@ -1,0 +1,368 @@
+"""
+What a GRPO step on one long video takes, computed from the shapes of a model: FLOPs, and the
+memory of a GPU. Pure arithmetic: no weight is made and no step is run. At the end two
+functions that measure memory.
+
+    python bench.py --memory=3b --frames=64,256,1024 --size=308 --completion=512 --sp=1,8
+
+The step is bench.py's variant shared, or shared+sp where several ranks share the video.
+"""
+import resource
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, Glm4vConfig, Qwen2_5_VLConfig
+
+HEAD_CHUNK = 2048          # model.logprobs: positions that meet the language-model head at once
+MASK_CHUNK = 1 << 24       # model.Packed: elements of one attention mask, at most
+# Of the SXM boards, in bfloat16, dense.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
+
+
+# --------------------------------------------------------------------------------------------------
+# shapes
+
+def qwen_shape(hidden, mlp, layers, heads, kv_heads, vocabulary, tied):
+    """Of a Qwen2.5-VL as published: what in its config.json is not transformers' default."""
+    text = dict(
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
+        tie_word_embeddings=tied, max_position_embeddings=128000,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
+    vision = dict(
+        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=hidden,
+        tokens_per_second=2)
+    return {"text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
+
+
+SHAPES = {
+    "3b": qwen_shape(2048, 11008, 36, 16, 2, 151936, tied=True),
+    "7b": qwen_shape(3584, 18944, 28, 28, 4, 152064, tied=False),
+}
+NAMES = (*SHAPES, "9b")
+
+
+def read_config(name):
+    """The config of a model: 3b, 7b (Qwen2.5-VL), 9b (GLM-4.1V), or a checkpoint directory."""
+    if name == "9b":
+        return Glm4vConfig()
+    if name in SHAPES:
+        return Qwen2_5_VLConfig(**SHAPES[name])
+    return AutoConfig.from_pretrained(name)
+
+
+def random_model(name, special_ids, device, dtype, seed):
+    """A Qwen2.5-VL of random weights in the shape of 3b or 7b, made where and as they stay.
+
+    special_ids: {name of a config's field: id of that special token}.
+    """
+    config = Qwen2_5_VLConfig(**SHAPES[name], **special_ids)
+    config.text_config.max_position_embeddings = 1 << 20   # random weights were made for no length
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype)
+
+
+@dataclass
+class Sizes:
+    """What the counts below need of a language model."""
+    hidden: int            # D, features of a position
+    mlp: int               # F, features inside the MLP
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int          # d
+    vocabulary: int
+    norms: int             # of a layer
+
+
+def sizes(config):
+    """The `Sizes` of a model's config."""
+    c = config.text_config
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    norms = 4 if config.model_type == "glm4v" else 2
+    return Sizes(c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads,
+                 c.num_key_value_heads, head_dim, c.vocab_size, norms)
+
+
+@dataclass
+class Parameters:
+    """How many parameters a model has."""
+    tower: int             # the vision tower's: frozen
+    trained: int           # all others
+    layer: int             # of one decoder layer
+
+    def outside_layers(self, m):
+        """Those of the embeddings, the head and the last norm."""
+        return self.trained - m.layers * self.layer
+
+
+def count_parameters(config):
+    """The `Parameters` of a model of this config. Every one is counted, none is made."""
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    copy = type(config).from_dict(config.to_dict())        # from_config writes to what it is given
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(copy)
+    tower = count(model.model.visual)
+    return Parameters(tower, count(model) - tower, count(model.model.language_model.layers[0]))
+
+
+# --------------------------------------------------------------------------------------------------
+# FLOPs
+
+def train_flops(config, prompt, group, completion):
+    """FLOPs of forward and backward of a group's packed sequence, of what cannot be left out.
+
+    prompt: P, its tokens; group: G; completion: L, tokens of each. Attention counts only pairs of
+    positions that see each other, and no layer counts twice.
+    """
+    m = sizes(config)
+    places = completion - 1                                # the last token is never read
+    attention_weights = m.hidden * m.head_dim * (2 * m.heads + 2 * m.kv_heads)
+    layer_weights = attention_weights + 3 * m.hidden * m.mlp
+    pairs = prompt ** 2 / 2 + group * (places * prompt + places ** 2 / 2)
+    layer = (prompt + group * places) * layer_weights + 2 * m.heads * m.head_dim * pairs
+    products = m.layers * layer + group * completion * m.hidden * m.vocabulary
+    return 3 * 2 * products        # a multiplication and an addition; the backward is two products
+
+
+def peak_share(flops, seconds, device_name):
+    """What part of a GPU's peak it is to do so many FLOPs in so many seconds; None for a device
+    whose peak is not known."""
+    for name, peak in PEAK_FLOPS.items():
+        if name in device_name:
+            return round(flops / seconds / peak, 4)
+    return None
+
+
+# --------------------------------------------------------------------------------------------------
+# memory, computed
+
+@dataclass
+class Step:
+    """A GRPO step on one video, and what one rank holds of it."""
+    vision: int            # V, vision tokens of the video
+    text: int              # tokens of the prompt that are not vision tokens
+    group: int             # G
+    completion: int        # L, tokens of each completion
+    itemsize: int          # bytes of a weight and of an activation
+    sp: int                # ranks that share the video
+    shards: int            # ranks over which FSDP2 spreads what trains
+    checkpointing: bool    # decoder layers are computed again in the backward
+
+    @property
+    def sharded(self):
+        return self.shards > 1
+
+    @property
+    def prefix(self):
+        """P, places of the prompt in the packed sequence."""
+        return self.rounded_up(self.vision + self.text)
+
+    @property
+    def places(self):
+        """C, places of all completions: L tokens take L - 1, for the last is never read."""
+        return self.rounded_up(self.group * (self.completion - 1))
+
+    @property
+    def positions(self):
+        """S, places of the packed sequence on this rank."""
+        return (self.prefix + self.places) // self.sp
+
+    @property
+    def head_positions(self):
+        """Of this rank, those that meet the head at once."""
+        return min(HEAD_CHUNK, -(-self.group * self.completion // self.sp))
+
+    def rounded_up(self, n):
+        """The next multiple of sp: each rank holds as many places."""
+        return -(-n // self.sp) * self.sp
+
+
+def vision_tokens(config, frames, size):
+    """V, the vision tokens of a video of `frames` frames of size x size pixels."""
+    tower = config.vision_config
+    temporal_patches = -(-frames // tower.temporal_patch_size)
+    tokens_a_side = size // (tower.patch_size * tower.spatial_merge_size)
+    return temporal_patches * tokens_a_side ** 2
+
+
+def memory(config, frames, size, group, completion, dtype=torch.bfloat16, sp=1, checkpointing=0,
+           shards=1, text=64):
+    """Bytes on one rank in a GRPO step on one video. -> {part: bytes}
+
+    frames: of size x size pixels; group: G; completion: L, tokens of each; dtype: of weights and
+    activations; sp: ranks that share the video, with stage 2 where there are several;
+    checkpointing: decoder layers are computed again in the backward; shards: ranks over which
+    FSDP2 spreads what trains, in float32; text: tokens of the prompt that are not vision tokens.
+    The last parts are the most at once: in the rollout, in forward and backward, in the update,
+    and in any of the three.
+    """
+    m = sizes(config)
+    parameters = count_parameters(config)
+    step = Step(vision_tokens(config, frames, size), text, group, completion, dtype.itemsize, sp,
+                shards, bool(checkpointing))
+    part = {**parameter_bytes(parameters, step), **cache_bytes(m, step),
+            **activation_bytes(m, step), **temporary_bytes(config, m, step)}
+    gathered = gathered_bytes(m, parameters, step)
+
+    always = part["weights"] + part["optimizer"] + part["vision"]
+    part["in_rollout"] = (always + gathered["rollout"] + part["prefix_kv"] + part["completion_kv"]
+                          + part["sampling"])
+    saved = part["activations"] + part["masks"] + gathered["ends"]
+    largest_temporary = max(part["head"], part["layer"] + gathered["layer"])
+    part["in_training"] = (always + part["gradients"]
+                           + max(gathered["last_gradients"], saved + largest_temporary))
+    # Gradients in float32 replace the others one by one.
+    part["in_update"] = always + parameters.trained * 4 / shards
+
+    part = {name: int(n) for name, n in part.items()}
+    part["most"] = max(part["in_rollout"], part["in_training"], part["in_update"])
+    return part
+
+
+def parameter_bytes(parameters, step):
+    """What lives as long as the run, and the gradients. FSDP2 keeps what trains in float32."""
+    a_parameter = 4 / step.shards if step.sharded else step.itemsize
+    moments = 8 / step.shards                              # AdamW's two, in float32
+    float32_copy = 4 if step.itemsize < 4 and not step.sharded else 0
+    return {
+        "weights": parameters.tower * step.itemsize + parameters.trained * a_parameter,
+        "gradients": parameters.trained * a_parameter,
+        "optimizer": parameters.trained * (moments + float32_copy),
+    }
+
+
+def cache_bytes(m, step):
+    """The vision tokens, and the keys and values of the rollout. A rank samples G / sp of the
+    completions, and each rank has the keys and values of the whole prefix."""
+    a_position = 2 * m.layers * m.kv_heads * m.head_dim
+    return {
+        "vision": step.vision * m.hidden * step.itemsize,
+        "prefix_kv": a_position * step.prefix * step.itemsize,
+        "completion_kv": a_position * step.group // step.sp * step.completion * step.itemsize,
+    }
+
+
+def norm_bytes(m, step):
+    """Saved by a norm at one position: its input in float32, its scale, its normalised input."""
+    return 4 * m.hidden + 4 + step.itemsize * m.hidden
+
+
+def layer_bytes(m, step):
+    """Saved for the backward by one decoder layer that is not computed again."""
+    into_projections = 2 * m.hidden
+    queries_and_outcome = 3 * m.heads * m.head_dim
+    # Stage 2 repeats keys and values that have fewer heads than there are ranks.
+    keys_and_values = 2 * max(m.kv_heads, step.sp) * m.head_dim
+    in_mlp = 4 * m.mlp
+    numbers = into_projections + queries_and_outcome + keys_and_values + in_mlp
+    softmax = 4 * m.heads                                  # its float32 normaliser
+    return step.positions * (m.norms * norm_bytes(m, step) + step.itemsize * numbers + softmax)
+
+
+def activation_bytes(m, step):
+    """What the forward keeps for the backward, and the masks of the completions' attention."""
+    last_norm = step.positions * norm_bytes(m, step)
+    into_head = step.group * step.completion * m.hidden * step.itemsize // step.sp
+    if step.checkpointing:
+        a_layer = step.positions * m.hidden * step.itemsize
+        cosines_and_sines = 0
+    else:
+        a_layer = layer_bytes(m, step)
+        cosines_and_sines = 2 * step.positions * m.head_dim * step.itemsize    # of all layers once
+    activations = m.layers * a_layer + last_norm + into_head + cosines_and_sines
+
+    masks = 0                                              # whole on every rank
+    rows = max(1, MASK_CHUNK // (step.prefix + step.places))
+    for lo in range(0, step.places, rows):
+        hi = min(lo + rows, step.places)
+        masks += (hi - lo) * (step.prefix + hi)
+    return {"activations": activations, "masks": masks * step.itemsize}
+
+
+def temporary_bytes(config, m, step):
+    """What is made and dropped again, the most of it at once."""
+    in_prefill = step.prefix // step.sp * (3 * m.mlp + 4 * m.hidden + 2 * m.head_dim)
+    probabilities = 28 * step.group // step.sp * m.vocabulary                  # of a decoding step
+    layer = step.positions * 2 * (m.mlp - m.hidden) * step.itemsize            # in its backward
+    if step.checkpointing:
+        layer += layer_bytes(m, step)
+    if config.tie_word_embeddings and not step.sharded:
+        layer += m.vocabulary * m.hidden * step.itemsize   # head's gradient, until the embeddings'
+    return {
+        "sampling": max(in_prefill * step.itemsize, probabilities),
+        "head": 12 * step.head_positions * m.vocabulary,   # three float32 copies of the logits
+        "layer": layer,
+    }
+
+
+def gathered_bytes(m, parameters, step):
+    """Of sharded parameters, what is whole on a rank for a while."""
+    if not step.sharded:
+        return {"rollout": 0, "ends": 0, "layer": 0, "last_gradients": 0}
+    ends = parameters.outside_layers(m)
+    layer_and_next = 2 * step.itemsize
+    gradient = 4                                           # in float32, on its way to be summed
+    return {
+        "rollout": parameters.trained * step.itemsize,     # all of them, to sample
+        "ends": (ends + m.vocabulary * m.hidden) * step.itemsize,    # and the head's gradient
+        "layer": parameters.layer * (layer_and_next + gradient),
+        "last_gradients": ends * (layer_and_next + gradient),        # at the end of the backward
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# the table
+
+def memory_table(config, frames, sp, size, group, completion, checkpointing, shards):
+    """Text: `memory` in GB, a line for each of the lists sp and frames."""
+    title = (f"GB on a rank, bfloat16, G = {group}, L = {completion}, shards = {shards}, "
+             f"checkpointing = {checkpointing}")
+    longest = config.text_config.max_position_embeddings
+    header, lines = "", []
+    for ranks, n in product(sp, frames):
+        part = memory(config, n, size, group, completion, sp=ranks, checkpointing=checkpointing,
+                      shards=shards)
+        header = "frames sp " + " ".join(part)
+        line = f"{n:>6} {ranks:>2}"
+        for name, number in part.items():
+            line += f" {number / 1e9:>{len(name)}.2f}"
+        if vision_tokens(config, n, size) + completion > longest:
+            line += " more tokens than the model was made for"
+        lines.append(line)
+    return "\n".join([title, header, *lines])
+
+
+# --------------------------------------------------------------------------------------------------
+# memory, measured
+
+@contextmanager
+def saved_for_backward(model, totals):
+    """Append to the list totals how many bytes the forwards inside keep for their backward: each
+    storage once, without the parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    size_by_pointer = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        size_by_pointer[storage.data_ptr()] = storage.nbytes()
+        return x.detach()
+
+    def unpack(x):
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+    totals.append(sum(n for at, n in size_by_pointer.items() if at not in parameters))
+
+
+def peak_bytes():
+    """The most memory of this process until now: the GPU's, or else the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
