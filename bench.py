@@ -44,6 +44,7 @@ import encode
 import model as vlm
 import rollout
 import train
+from plumbing.ranks import leave
 
 VARIANTS = ("naive", "reuse", "shared", "shared+sp")
 KEYS = ("variant", "cache", "frames", "size", "group", "completion", "sp", "rollout", "prompt_tokens", "lm_tokens", "encodes",
@@ -205,7 +206,7 @@ class Work:
             length = -(-a.frames // px.temporal) * (a.size // (px.patch * px.merge)) ** 2 + 512 + a.completion
             with tempfile.TemporaryDirectory() as folder:
                 vlm.save(self.model, self.tokenizer, folder)
-                self.engine = rollout.VLLM(folder, self.model, self.tokenizer, ranks, length)
+                self.engine = rollout.start_engine(folder, self.model, self.tokenizer, ranks, length)
         count = self.count.update                          # adds
         for module, hook in ((inner.language_model, lambda m, a, x: count(lm=x["inputs_embeds"].shape[:2].numel())),
                              (inner.visual, lambda m, a, x: count(temporal=int(x["grid_thw"][:, 0].sum())))):
@@ -308,7 +309,7 @@ def one_rank(rank, a, port, results):
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
         results.put(str(e))
         os._exit(1)                                        # as train.py does
-    rollout.leave()
+    leave()
 
 
 def run_row(a):

@@ -67,9 +67,10 @@ import grpo
 import model as vlm
 import rewards
 from flow import Group
-from plumbing.ranks import explain as machine_error, gather, merged, send_groups as move
+from plumbing.ranks import explain as machine_error, gather, leave, merged, send_groups as move
 from curriculum import Curriculum, balanced, grade_line, has_signal, read_grades
-from rollout import VLLM, import_vllm, leave, limits, rollout, room
+from plumbing.vllm_engine import import_vllm
+from rollout import limits, rollout, room, start_engine as start_vllm
 
 
 @dataclass
@@ -917,7 +918,7 @@ def main(c):
 
 def start_engine(c, name, model, tokenizer, ranks):
     """vLLM, if it is asked for, from the checkpoint that model was loaded from."""
-    return VLLM(name, model, tokenizer, ranks, c.vllm_length, c.vllm_memory, c.vllm_share) if c.rollout == "vllm" else None
+    return start_vllm(name, model, tokenizer, ranks, c.vllm_length, c.vllm_memory, c.vllm_share) if c.rollout == "vllm" else None
 
 
 def rl_step(model, tokenizer, optimizer, curriculum, by_id, step, c, ranks, banned, cache, ahead, engine, drop, count_skipped, say):

@@ -186,7 +186,7 @@ def test_memory_is_what_a_step_takes(name, dtype, other, monkeypatch, tmp_path):
     assert computed["optimizer"] == size(state) + size(x for x in kept if dtype != torch.float32)
     assert computed["gradients"] == size(p for p in work.model.parameters() if p.requires_grad)
     assert computed["prefix_kv"] == size(x for pair in layouts[-1].prefix.values() for x in pair)
-    assert computed["completion_kv"] == size(x for pair in layouts[-1].own.values() for x in pair)
+    assert computed["completion_kv"] == size(x for pair in layouts[-1].completions.values() for x in pair)
     always = computed["weights"] + computed["optimizer"] + computed["vision"]
     assert computed["in_rollout"] - always == pytest.approx(most["rollout"], rel=0.05)
     assert computed["in_training"] - always - computed["gradients"] == pytest.approx(most["training"], rel=0.05)
