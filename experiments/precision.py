@@ -22,6 +22,7 @@ import encode
 import model as vlm
 import rollout
 import train
+from plumbing.ranks import leave
 
 ALONE, G, L = encode.start(), 16, 64
 FRAMES = (16, 64, 256, 1024)
@@ -74,4 +75,4 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     except (ValueError, OSError) as e:
         sys.exit(f"precision.py: {e}")
-    rollout.leave()
+    leave()

@@ -20,7 +20,8 @@ import encode
 import model as vlm
 import rollout as rollout_file
 import train
-from rollout import leave, rollout
+from plumbing.ranks import leave
+from rollout import rollout
 from test_bench import SMALL_SHAPE, Live, settings
 from test_train import ALONE, SMALL, STEPS, alone, close, ended, files, flags, group_of, metrics, one_thread, same, torchrun, weights
 

@@ -1,0 +1,270 @@
+"""
+The other sampler: vLLM, in this process, fed with the vision tokens that were encoded already.
+
+Its own vision tower is not even loaded. vLLM batches by itself. A completion is one request for its
+thought and one for its answer; the second finds the keys and values of the first in vLLM's prefix
+cache, as all completions find those of their prompt. The weights are a copy: `VLLM.load` brings
+them up to date.
+"""
+import hashlib
+import os
+from dataclasses import dataclass, field
+from typing import Callable
+
+import torch
+
+from flow import Completion, Prompt
+from plumbing.streams import stream
+
+VERSION = "0.32.0"
+LEAST_BATCH = 8192        # tokens; a video with more vision tokens than vLLM's batch is refused
+
+
+def import_vllm():
+    """The module vllm, in the version that this file is written for. Raises ValueError, with what
+    to install, where there is no vLLM or another version."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")     # run in this process
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")     # else it binds ours too
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")             # GiB, where there is no GPU
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    needs = f"rollout = vllm needs vLLM {VERSION}"
+    install = "pip install -r requirements-gpu.txt"
+    try:
+        import vllm
+    except ImportError as e:
+        raise ValueError(f"{needs}: {install} ({e})") from e
+    if vllm.__version__.partition("+")[0] != VERSION:
+        raise ValueError(f"{needs}, and {vllm.__version__} is installed: {install}")
+    return vllm
+
+
+@dataclass
+class TokenRules:
+    """What the engine must know of the model's vocabulary and weights; model.py knows it."""
+    stops: list              # ids that end a completion
+    banned: torch.Tensor     # bool [vocabulary], ids that are never sampled
+    vision_pad: int          # the id in the places of vision tokens
+    decode: Callable         # decode(ids) -> text of a completion
+    weights: Callable        # weights(model) -> (name, tensor) of each, tied ones under both names
+
+
+@dataclass
+class Writing:
+    """A completion while vLLM writes it: a thought, forced text, an answer. Ids and log-probs."""
+    prompt: Prompt
+    key: tuple               # of its random numbers
+    thought: list = field(default_factory=list)
+    thought_logprobs: list = field(default_factory=list)
+    forced_ids: list = field(default_factory=list)
+    answer: list = field(default_factory=list)
+    answer_logprobs: list = field(default_factory=list)
+    forced: bool = False     # the thinking budget ran out, and an answer was begun for it
+    truncated: bool = False
+    done: bool = False       # it ended with its thought
+
+    def request(self, part):
+        """What is written next. -> (prompt, ids written so far, key of the random numbers)"""
+        return self.prompt, self.thought + self.forced_ids, (*self.key, part)
+
+    def completion(self, decode):
+        written = len(self.forced_ids)
+        ids = self.thought + self.forced_ids + self.answer
+        sampled = [True] * len(self.thought) + [False] * written + [True] * len(self.answer)
+        logprobs = self.thought_logprobs + [0.0] * written + self.answer_logprobs
+        return Completion(torch.tensor(ids), torch.tensor(sampled), torch.tensor(logprobs),
+                          decode(ids), self.forced, self.truncated)
+
+
+class VLLM:
+    """vLLM's engine as a sampler: `load` the weights, `sample`, `rest`."""
+
+    def __init__(self, name, model, tokenizer, ranks, length, rules, memory=0.5, share=False):
+        """name: of the checkpoint that model was loaded from; length: the most tokens of a prompt
+        and its completion; rules: `TokenRules`; memory: vLLM's part of the GPU's; share: one
+        engine over the sp ranks (tensor parallelism), else one on each rank.
+        Raises ValueError where vLLM is not installed or does not start on this checkpoint."""
+        vllm = import_vllm()
+        self.SamplingParams = vllm.SamplingParams
+        self.tokenizer = tokenizer
+        self.rules = rules
+        self.shared = share and ranks.sp > 1
+        self.cuda = ranks.device != "cpu"
+        self.version = None                                # of the weights that vLLM has
+        glm = model.config.model_type == "glm4v"
+        self.modality = "image" if glm else "video"        # GLM-4.1V writes a video as pictures
+        options = self.options(model, ranks, length, memory, glm)
+        torch.cuda.empty_cache()                           # see load
+        try:
+            self.llm = vllm.LLM(name, **options)
+        except (ValueError, NotImplementedError) as e:
+            first_line = str(e).strip().splitlines()[0]
+            raise ValueError(f"vLLM does not start on {name}: {first_line}") from e
+        if glm:
+            # vLLM's GLM model takes embeddings, but its reader of requests does not. Qwen's does.
+            from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalDataParser
+            processor_info = self.llm.renderer.mm_processor.info
+            processor_info.data_parser = Qwen2VLMultiModalDataParser(model.pixels.merge)
+        self.llm.apply_model(refuse_missing_weights)
+
+    def options(self, model, ranks, length, memory, glm):
+        """The arguments of vllm.LLM."""
+        length = min(length, model.config.text_config.max_position_embeddings)   # the most it takes
+        options = {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "max_model_len": length,
+            "max_num_batched_tokens": max(length, LEAST_BATCH),
+            "logprobs_mode": "processed_logprobs",         # of what is sampled from: bans included
+            "seed": 0,
+            "enable_mm_embeds": True,                      # videos come as embeddings alone
+            "limit_mm_per_prompt": {"image": 0, "video": 0},
+            "mm_processor_cache_gb": 0,
+            "tensor_parallel_size": ranks.sp if self.shared else 1,
+            "gpu_memory_utilization": memory,
+            "enable_sleep_mode": self.cuda,
+            "enforce_eager": not self.cuda,
+        }
+        if ranks.world > 1:
+            options["distributed_executor_backend"] = "external_launcher"        # torchrun
+        if glm:
+            # GLM-4.1V's attention always has biases. vLLM looks for a key that a config need not
+            # have, and drops the biases silently where it is missing.
+            options["hf_overrides"] = {"text_config": {"attention_bias": True}}
+        if not self.cuda:
+            # On the CPU vLLM cannot split the prefill of a prompt with random numbers of its own,
+            # and would share blocks of 128 tokens, more than some prompts have.
+            options["enable_chunked_prefill"] = False
+            options["block_size"] = 32
+        return options
+
+    def load(self, model):
+        """Give vLLM the model's weights as they are now, and drop keys and values of older ones."""
+        if self.cuda and self.version is not None:
+            # torch keeps the memory that training freed, and vLLM takes its own from the driver.
+            torch.cuda.empty_cache()
+            self.llm.wake_up()
+        version = weights_version(model)
+        if version == self.version:
+            return
+        weights = ((name, w) for name, w in self.rules.weights(model) if ".visual." not in name)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.reset_prefix_cache()
+        # reload_weights empties the worker's cache of embeddings; the scheduler must know of it.
+        self.llm.llm_engine.reset_encoder_cache()
+        self.version = version
+
+    def rest(self):
+        """Give the GPU's memory to the training that follows."""
+        if self.cuda:
+            self.llm.sleep()
+
+    @torch.no_grad()
+    def sample(self, prompts, keys, think_budget, answer_budget, forced, greedy=False, banned=None,
+               think_least=0):
+        """As `rollout.sample`, with vLLM's own random numbers: a generator for the thought and one
+        for the answer of each completion. Raises ValueError where think_least is given."""
+        if think_least:
+            raise ValueError("think_least is the torch engine's alone")
+        if banned is None:
+            banned = self.rules.banned
+        forced_ids = self.tokenizer(forced or "", add_special_tokens=False).input_ids
+        groups = [[Writing(prompt, key) for key in group] for prompt, group in zip(prompts, keys)]
+        writings = sum(groups, [])
+
+        if think_budget:
+            requests = [writing.request("thinks") for writing in writings]
+            thoughts = self.generate(requests, think_budget, banned, greedy, stop=["</think>"])
+            for writing, (ids, logprobs) in zip(writings, thoughts):
+                writing.thought, writing.thought_logprobs = ids, logprobs
+
+        for writing in writings:
+            if self.ends_with_stop(writing.thought):
+                writing.done = True
+            elif not self.closes_thought(writing.thought):           # its time is up
+                if forced is None:
+                    writing.done = writing.truncated = True
+                else:
+                    writing.forced = True
+                    writing.forced_ids = forced_ids
+
+        answering = [writing for writing in writings if not writing.done]
+        requests = [writing.request("answers") for writing in answering]
+        answers = self.generate(requests, answer_budget, banned, greedy)
+        for writing, (ids, logprobs) in zip(answering, answers):
+            writing.answer, writing.answer_logprobs = ids, logprobs
+            writing.truncated = not self.ends_with_stop(ids)
+
+        return [[writing.completion(self.rules.decode) for writing in group] for group in groups]
+
+    def ends_with_stop(self, ids):
+        return bool(ids) and ids[-1] in self.rules.stops
+
+    def closes_thought(self, ids):
+        return "</think>" in "".join(self.tokenizer.decode([i]) for i in ids)
+
+    def generate(self, requests, most, banned, greedy, stop=None):
+        """Up to `most` tokens for each request.
+
+        requests: (prompt, ids written so far, key of the random numbers) each; banned: bool
+        [vocabulary]; stop: texts that end it too. -> (ids, log-probs), two lists, for each
+        """
+        if not requests:
+            return []
+        bias = dict.fromkeys(banned.nonzero()[:, 0].tolist(), -100.0)
+        inputs, params = [], []
+        for prompt, written, key in requests:
+            inputs.append(self.input(prompt, written))
+            params.append(self.SamplingParams(
+                temperature=0.0 if greedy else 1.0, seed=int(stream(*key).integers(1 << 62)),
+                max_tokens=most, logprobs=0, logit_bias=bias, stop_token_ids=self.rules.stops,
+                stop=stop, include_stop_str_in_output=True, skip_special_tokens=False,
+                detokenize=bool(stop)))
+        results = []
+        for output in self.llm.generate(inputs, params, use_tqdm=False):
+            [written] = output.outputs
+            ids = list(written.token_ids)
+            logprobs = [at[i].logprob for i, at in zip(ids, written.logprobs)]
+            results.append((ids, logprobs))
+        return results
+
+    def input(self, prompt, written):
+        """A prompt and the ids written after it, as vLLM reads them."""
+        pads = prompt.ids == self.rules.vision_pad
+        first_pads = pads & ~pads.roll(1)                  # one of each run: vLLM makes the others
+        ids = prompt.ids[~pads | first_pads].tolist()
+        name = prompt.key or sha256(prompt.vision)
+        embeddings = {
+            f"{self.modality}_embeds": prompt.vision,
+            f"{self.modality}_grid_thw": torch.tensor(prompt.grids),
+            "second_per_grid_ts": torch.tensor([prompt.seconds], dtype=torch.float64),
+        }
+        return {"prompt_token_ids": ids + written,
+                "multi_modal_data": {self.modality: embeddings},
+                "multi_modal_uuids": {
+                    self.modality: [f"{name} {i}" for i in range(len(prompt.grids))]}}
+
+
+def weights_version(model):
+    """A number that changes whenever a parameter is written to."""
+    return sum(p._version for p in model.parameters())
+
+
+def refuse_missing_weights(inner):
+    """vLLM only warns where a weight of its model is not given; after this it raises."""
+    load_weights = inner.load_weights
+    names = {name for name, _ in inner.named_parameters()}
+
+    def load_all(weights):
+        given = load_weights(weights)
+        missing = sorted(names - given)
+        if missing:
+            some = ", ".join(missing[:5])
+            raise RuntimeError(f"vLLM was not given {some} ({len(missing)} in all)")
+        return given
+
+    inner.load_weights = load_all
+
+
+def sha256(x):
+    """Of the bytes of a tensor. -> 64 hexadecimal digits"""
+    data = x.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest()
