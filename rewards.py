@@ -242,3 +242,30 @@ def score(text, answer, domain, format_weight=0.1):
     except Exception as e:
         raise VerifierError(f"domain {domain!r}: {type(e).__name__}: {e}") from e
     return Reward((1 - format_weight) * float(accuracy) + format_weight * form, float(accuracy), form)
+
+
+def load_verifiers(specs):
+    """Verifiers of the user's: "domain=my_file.py:function", several with commas, into VERIFIERS.
+    -> the domains. Raises ValueError where one cannot be loaded."""
+    domains = []
+    for spec in specs.split(","):
+        if not spec:
+            continue
+        domain, _, where = spec.partition("=")
+        if not where:
+            raise ValueError(f"--verifiers: {domain!r} is not domain=my_file.py:function")
+        VERIFIERS[domain] = load_verifier(where)
+        domains.append(domain)
+    return domains
+
+
+def verify(sample, completions, format_weight):
+    """The rewards of a sample's completions. -> (list of `Reward`, ""), or (None, why) where the
+    verifier failed: then nothing is known of the answers."""
+    graded = []
+    try:
+        for completion in completions:
+            graded.append(score(completion.text, sample.answer, sample.domain, format_weight))
+    except VerifierError as e:
+        return None, str(e)
+    return graded, ""
