@@ -67,8 +67,9 @@ import grpo
 import model as vlm
 import rewards
 from flow import Group
+from plumbing.grades import grade_line, read_grades
 from plumbing.ranks import explain as machine_error, gather, merged, send_groups as move
-from curriculum import Curriculum, balanced, grade_line, has_signal, read_grades
+from curriculum import Curriculum, balanced, has_signal
 from rollout import VLLM, import_vllm, leave, limits, rollout, room
 
 
