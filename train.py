@@ -432,5 +432,10 @@ def evaluation(c):
     return evaluate.Config(**{name: getattr(c, name) for name in names}, grade=c.mode == "grade")
 
 
+def parse(arguments):
+    """--key=value arguments -> `Config`"""
+    return command_line.parse(Config, __doc__, arguments)
+
+
 if __name__ == "__main__":
-    run_command("train.py", lambda: main(command_line.parse(Config, __doc__, sys.argv[1:])))
+    run_command("train.py", lambda: main(parse(sys.argv[1:])))
