@@ -7,7 +7,6 @@ one distribution: temperature 1, top-p 1, the same banned ids and the same posit
 
     python rollout.py --model=out/model --video=clip.mp4 --question="How many birds are there?"
 """
-import os
 import sys
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -248,6 +247,13 @@ def start_engine(name, model, tokenizer, ranks, length, memory=0.5, share=False)
     return VLLM(name, model, tokenizer, ranks, length, rules, memory, share)
 
 
+def engine_of(c, name, model, tokenizer, ranks):
+    """`start_engine` where a run's configuration asks for vLLM, else None."""
+    if c.rollout != "vllm":
+        return None
+    return start_engine(name, model, tokenizer, ranks, c.vllm_length, c.vllm_memory, c.vllm_share)
+
+
 def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=False, engine=None,
             **how):
     """`sample`, shared out: each sp rank samples its part of every group, and all ranks end with
@@ -321,8 +327,6 @@ def main():
             raise ValueError(f"--{name}={getattr(o, name)} must be at least {bound}")
     if o.dtype not in ("", "float32", "bfloat16"):
         raise ValueError(f"--dtype={o.dtype} must be float32 or bfloat16")
-    if os.path.normpath(o.model) == "out/model" and not os.path.isdir(o.model):
-        raise ValueError(f"{o.model} is no checkpoint yet: run train.py first")
     ranks = start(1)
     dtype = o.dtype or ("float32" if ranks.device == "cpu" else "bfloat16")
     model, tokenizer = vlm.load(o.model, ranks.device, getattr(torch, dtype), o.max_pixels)
