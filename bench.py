@@ -338,7 +338,6 @@ def measure(row):
            "peak": peak_bytes() / 2 ** 20, "saved": work.saved_bytes() / 2 ** 20}
     every = gather(own, ranks)
     by_rank = {key: [values[key] for values in every] for key in own}
-
     seconds = {}
     for key in ("seconds", "encode_s", "rollout_s", "train_s"):
         seconds[key] = statistics.median(step[key] for step in steps[row.warmup:])
