@@ -6,6 +6,7 @@ talk over gloo: see worlds.py.
 import doctest
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_code_is_known_in_the_folder_of_the_repo(monkeypatch):
     several ranks could start there."""
     assert torch.classes.__name__ in sys.modules
     elsewhere = versions()
-    monkeypatch.chdir(ranks_file.ROOT)
+    monkeypatch.chdir(Path(ranks_file.__file__).parent.parent)
     assert versions() == elsewhere
 
 
