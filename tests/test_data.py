@@ -474,11 +474,11 @@ def test_only_the_box_of_the_right_place_is_right():
         for place in ("left", "right", "top", "bottom"):
             name = next(n for n in range(1000) if data.toy_story(n).events[0][1:] == (shape, place))
             right = data.toy_box(shape, place)
-            assert right == box(data.toy_frames(name)[0]) and rewards.grounding(right, right) == 1
+            assert right == box(data.toy_frames(name)[0]) and rewards.verify_grounding(right, right) == 1
             for other in SHAPES:
                 for there in {"left", "right", "top", "bottom"} - {place}:
-                    assert rewards.grounding(data.toy_box(other, there), right) == 0
-            assert rewards.grounding("none", right) == 0
+                    assert rewards.verify_grounding(data.toy_box(other, there), right) == 0
+            assert rewards.verify_grounding("none", right) == 0
 
 def ask(question, events, letters=""):
     """A second implementation: the answer to a question, from the events (and letters beside them) alone; a place where a
@@ -630,4 +630,4 @@ def test_nor_does_such_a_reader_read_or_point(films):
         asked = films[part][3000:]
         assert sum(known[s.question].most_common(1)[0][0] == s.answer for s in asked) / len(asked) < chance
     answers = [s.answer for s in films["reading"][:400]]
-    assert max(np.mean([rewards.ocr(guess, answer) for answer in answers]) for guess in {*answers[:60], "ACEHLOTX", "A"}) < 0.3
+    assert max(np.mean([rewards.verify_ocr(guess, answer) for answer in answers]) for guess in {*answers[:60], "ACEHLOTX", "A"}) < 0.3
