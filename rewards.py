@@ -12,7 +12,7 @@ import unicodedata
 from decimal import Decimal
 from math import isfinite, nan, prod
 
-import numpy as np
+from rapidfuzz.distance import Levenshtein
 
 from flow import Reward
 
@@ -190,18 +190,6 @@ def verify_chart(predicted, answer):
     return float(right)
 
 
-def edit_distance(a, b):
-    """Insertions, deletions and substitutions that turn b into a (Levenshtein), row by row."""
-    a, b = [np.array([ord(c) for c in text], np.int32) for text in (a, b)]
-    columns = np.arange(len(a) + 1, dtype=np.int32)
-    row = columns                                     # from nothing to each beginning of a
-    for c in b:
-        next_row = row + 1                            # c is deleted,
-        next_row[1:] = np.minimum(next_row[1:], row[:-1] + (a != c))          # or substituted,
-        row = np.minimum.accumulate(next_row - columns) + columns             # or others inserted
-    return int(row[-1])
-
-
 def verify_ocr(predicted, answer):
     """1 - edit distance / length of the longer text; case counts, runs of spaces count as one."""
     predicted = " ".join(unicodedata.normalize("NFC", predicted).split())
@@ -209,7 +197,7 @@ def verify_ocr(predicted, answer):
     longer = max(len(predicted), len(answer))
     if not predicted or not answer or longer > LONGEST:
         return float(predicted == answer != "")
-    return 1 - edit_distance(predicted, answer) / longer
+    return 1 - Levenshtein.distance(predicted, answer) / longer
 
 
 def iou(a, b):

@@ -38,15 +38,8 @@ import encode
 import model as vlm
 import rollout as rollout_file
 import train
-<<<<<<< HEAD
-from plumbing.ranks import leave
-from rollout import rollout
-from test_bench import SMALL_SHAPE, Live, settings
-from test_train import ALONE, SMALL, STEPS, alone, close, ended, files, flags, group_of, metrics, one_thread, same, torchrun, weights
-=======
 from plumbing import sharding
 from rollout import leave, rollout
->>>>>>> 9cb768d763f788fef7932e0d12e43cf5548642d7
 
 # ranks: (sp, stage2)
 LAYOUTS = {2: [(1, False), (2, False), (2, True)], 4: [(2, False), (2, True), (1, False)]}

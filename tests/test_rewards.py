@@ -14,7 +14,6 @@ from rewards import (
     VERIFIERS,
     Reward,
     VerifierError,
-    edit_distance,
     extract_answer,
     fold,
     garbled,
@@ -380,11 +379,12 @@ def edit_distance_by_table(a, b):
     return row[-1]
 
 
-def test_edit_distance_is_that_of_the_usual_table():
+def test_ocr_pays_by_the_edit_distance_of_the_usual_table():
     r = random.Random(0)
     for _ in range(1500):
-        a, b = ("".join(r.choice("abcé") for _ in range(r.randrange(0, 75))) for _ in "ab")
-        assert edit_distance(a, b) == edit_distance(b, a) == edit_distance_by_table(a, b)
+        a, b = ("".join(r.choice("abcé") for _ in range(r.randrange(1, 75))) for _ in "ab")
+        right = 1 - edit_distance_by_table(a, b) / max(len(a), len(b))
+        assert VERIFIERS["ocr"](a, b) == VERIFIERS["ocr"](b, a) == right
 
 
 # --------------------------------------------------------------------------------------------------
