@@ -8,7 +8,6 @@ one distribution: temperature 1, top-p 1, the same banned ids and the same posit
     python rollout.py --model=out/model --video=clip.mp4 --question="How many birds are there?"
 """
 import math
-import os
 import sys
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -254,6 +253,13 @@ def start_engine(name, model, tokenizer, ranks, length, memory=0.5, share=False)
     return VLLM(name, model, tokenizer, ranks, length, banned, memory, share)
 
 
+def engine_of(c, name, model, tokenizer, ranks):
+    """`start_engine` where a run's configuration asks for vLLM, else None."""
+    if c.rollout != "vllm":
+        return None
+    return start_engine(name, model, tokenizer, ranks, c.vllm_length, c.vllm_memory, c.vllm_share)
+
+
 def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=False, engine=None,
             **how):
     """`sample`, shared out: each sp rank samples its part of every group, and all ranks end with
@@ -314,8 +320,6 @@ def main():
     check_range(c, 0, math.inf, "max_pixels", "think_budget", "think_least")
     if c.dtype:
         check_choice(c, "dtype", ("float32", "bfloat16"))
-    if os.path.normpath(c.model) == "out/model" and not os.path.isdir(c.model):
-        raise ValueError(f"{c.model} is no checkpoint yet: run train.py first")
     ranks = start(1)
     dtype = c.dtype or ("float32" if ranks.device == "cpu" else "bfloat16")
     model, tokenizer = vlm.load(c.model, ranks.device, getattr(torch, dtype), c.max_pixels)

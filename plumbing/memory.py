@@ -7,7 +7,6 @@ functions that measure memory.
 
 The step is bench.py's variant shared, or shared+sp where several ranks share the video.
 """
-import resource
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -359,10 +358,3 @@ def saved_for_backward(model, totals):
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
     totals.append(sum(n for at, n in size_by_pointer.items() if at not in parameters))
-
-
-def peak_bytes():
-    """The most memory of this process until now: the GPU's, or else the machine's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
