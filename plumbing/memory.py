@@ -287,7 +287,7 @@ def activation_bytes(m, step):
 def temporary_bytes(config, m, step):
     """What is made and dropped again, the most of it at once."""
     in_prefill = step.prefix // step.sp * (3 * m.mlp + 4 * m.hidden + 2 * m.head_dim)
-    probabilities = 28 * step.group // step.sp * m.vocabulary                  # of a decoding step
+    probabilities = 20 * step.group // step.sp * m.vocabulary                  # of a decoding step
     layer = step.positions * 2 * (m.mlp - m.hidden) * step.itemsize            # in its backward
     if step.checkpointing:
         layer += layer_bytes(m, step)
