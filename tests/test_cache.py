@@ -317,8 +317,8 @@ def test_nothing_is_kept_of_a_video_that_failed(tmp_path, lines):
 
 
 def test_cached_tokens_are_the_fresh_ones_and_a_changed_file_gives_new_ones(tmp_path, tiny):
-    """Through `data.vision_tokens`, with a real clip. Then its content changes under its name, frame count
-    and all."""
+    """Through `data.vision_tokens`, with a real clip. Then its content changes under its name, frame
+    count and all."""
     model = vlm.load(tiny)[0]
     c = train.Config(frames=6, cache_dir=str(tmp_path / "c"))
     path = clip(tmp_path / "a.mp4", 0)
