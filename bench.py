@@ -52,7 +52,7 @@ import model as vlm
 import rollout
 from flow import Ranks, Video
 from plumbing import command_line, memory
-from plumbing.metrics import Clock
+from plumbing.metrics import Clock, peak_bytes
 from plumbing.optimizer import make_optimizer, update
 from plumbing.plots import bench_table, draw_bench
 from plumbing.ranks import gather, run_command, shard, spawn, start
@@ -335,10 +335,9 @@ def measure(row):
     last = steps[-1]
     own = {"lm_tokens": last["lm_tokens"], "temporal_patches": last["temporal_patches"],
            "gap": max(step["gap"] for step in steps),
-           "peak": memory.peak_bytes() / 2 ** 20, "saved": work.saved_bytes() / 2 ** 20}
+           "peak": peak_bytes() / 2 ** 20, "saved": work.saved_bytes() / 2 ** 20}
     every = gather(own, ranks)
     by_rank = {key: [values[key] for values in every] for key in own}
-
     seconds = {}
     for key in ("seconds", "encode_s", "rollout_s", "train_s"):
         seconds[key] = statistics.median(step[key] for step in steps[row.warmup:])

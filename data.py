@@ -97,7 +97,11 @@ def load_questions(c, say):
     c: train.Config or evaluate.Config. Raises ValueError where a domain has no verifier. Samples
     whose gold answer its own verifier refuses are named: nobody can be right about them.
     """
-    users_own = rewards.load_verifiers(c.verifiers)
+    users_own = dict(spec.partition("=")[::2] for spec in c.verifiers.split(",") if spec)
+    for domain, where in users_own.items():
+        if not where:
+            raise ValueError(f"--verifiers: {domain!r} is not domain=my_file.py:function")
+        rewards.VERIFIERS[domain] = rewards.load_verifier(where)
     samples = load(c.data, c.video_dir)
     if c.eval_data:
         train, held_out = samples, load(c.eval_data, c.video_dir)

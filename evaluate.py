@@ -24,13 +24,13 @@ import rewards
 from curriculum import Curriculum
 from flow import Ranks, Run
 from plumbing import command_line
-from plumbing.grades import grade_line, read_grades
+from plumbing.grades import append, begin, read_grades
 from plumbing.metrics import mean
 from plumbing.plots import draw_sweep, eval_table
 from plumbing.ranks import gather, merged, on_first, printer, run_command, start
 from plumbing.sweep import sweep
 from plumbing.vllm_engine import import_vllm
-from rollout import budgets, rollout, room, start_engine
+from rollout import budgets, engine_of, rollout, room
 
 
 @dataclass
@@ -115,9 +115,10 @@ def evaluate(run, samples, k=0, grades=None, think_least=0):
     one_engine = run.engine is not None and run.engine.shared
     if not one_engine:
         prompts = prompts[ranks.sp_rank::ranks.sp]
-    answers, ungraded = answer(run, prompts, k, think_least)
+    greedy, sampled = ask(run, prompts, k, think_least)
     if one_engine and ranks.sp_rank:
-        answers, ungraded = [], {}
+        prompts = []                                       # sp rank 0 has the same, and grades it
+    answers, ungraded = verify(prompts, greedy, sampled, c.format_weight)
     answers = [a for part in gather(answers, ranks) for a in part]
     dropped = merged(dropped | ungraded, ranks)
     if not answers:
@@ -139,24 +140,27 @@ def evaluate(run, samples, k=0, grades=None, think_least=0):
     return result | {"tiers": tiers} if tiers else result
 
 
-def answer(run, prompts, k, think_least):
-    """Roll out and verify. prompts: [(Sample, Prompt)] -> list of `Answer`, {id: why not graded}"""
+def ask(run, prompts, k, think_least):
+    """-> for each of the prompts, [(Sample, Prompt)], its greedy completion, as a list of one, and
+    with k group_size sampled ones"""
     c = run.config
-    alone = Ranks(device=run.ranks.device)
-    how = budgets(c)
     only_prompts = [prompt for _, prompt in prompts]
+    how = {"ranks": Ranks(device=run.ranks.device), "max_tokens": c.max_tokens,
+           "engine": run.engine, **budgets(c)}
     keys = [[("greedy",)] for _ in prompts]
-    greedy = rollout(run.model, run.tokenizer, only_prompts, keys, alone, c.max_tokens,
-                     engine=run.engine, greedy=True, **how | {"think_least": think_least})
-    sampled = [[] for _ in prompts]
-    if k:
-        keys = [[(c.seed, "eval", sample.id, n) for n in range(c.group_size)]
-                for sample, _ in prompts]
-        sampled = rollout(run.model, run.tokenizer, only_prompts, keys, alone, c.max_tokens,
-                          engine=run.engine, **how)
+    greedy = rollout(run.model, run.tokenizer, only_prompts, keys, greedy=True,
+                     **how | {"think_least": think_least})
+    if not k:
+        return greedy, [[] for _ in prompts]
+    keys = [[(c.seed, "eval", sample.id, n) for n in range(c.group_size)] for sample, _ in prompts]
+    return greedy, rollout(run.model, run.tokenizer, only_prompts, keys, **how)
+
+
+def verify(prompts, greedy, sampled, format_weight):
+    """-> list of `Answer`, {id: why not graded}"""
     answers, ungraded = [], {}
     for (sample, _), [completion], others in zip(prompts, greedy, sampled):
-        graded, why = rewards.verify(sample, [completion, *others], c.format_weight)
+        graded, why = rewards.verify(sample, [completion, *others], format_weight)
         if why:
             ungraded[sample.id] = why
             continue
@@ -190,10 +194,8 @@ def for_the_log(run, samples, title):
     domains = ", ".join(f"{d} {accuracy:.1%}" for d, accuracy in result["domains"].items())
     run.say(f"{title}: held-out accuracy {result['accuracy']:.1%}, format {result['format']:.1%}, "
             f"{domains} ({result['samples']} samples)")
-    record = {"eval_accuracy": result["accuracy"], "eval_format": result["format"]}
-    for domain, accuracy in result["domains"].items():
-        record[f"eval_accuracy_{domain}"] = accuracy
-    return record
+    by_domain = {f"eval_accuracy_{d}": accuracy for d, accuracy in result["domains"].items()}
+    return {"eval_accuracy": result["accuracy"], "eval_format": result["format"], **by_domain}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,17 +203,14 @@ def for_the_log(run, samples, title):
 
 def grade(run, samples):
     """Sample group_size answers to each sample that out_dir/grades.jsonl does not have yet, and add
-    a line for it. One that cannot be read or graded is named and gets no line.
-
-    prompts_per_step samples at a time are dealt over the dp groups.
-    """
+    a line for it. One that cannot be read or graded is named and gets no line."""
     c, ranks = run.config, run.ranks
     path = os.path.join(c.out_dir, "grades.jsonl")
     name = os.path.realpath(c.model) if os.path.isdir(c.model) else c.model
     grades = read_grades(path, samples, name) if os.path.exists(path) else {}
     gather(None, ranks)                                    # all have read it before rank 0 writes
     if ranks.rank == 0:
-        begin_grades(path)
+        begin(path)
     missing = [sample for sample in samples if sample.id not in grades]
     failed = 0
     bar = tqdm(total=len(samples), initial=len(grades), desc="grade", dynamic_ncols=True,
@@ -223,25 +222,13 @@ def grade(run, samples):
             run.say(f"not graded {id}: {why}")
         failed += len(reasons)
         if ranks.rank == 0:
-            with open(path, "a", encoding="utf-8") as f:
-                for sample in part:
-                    if sample.id in correct:
-                        f.write(grade_line(sample, correct[sample.id], c.group_size, name))
-        for id, right in correct.items():
-            grades[id] = [right, c.group_size]
+            append(path, part, correct, c.group_size, name)
+        grades |= {id: [right, c.group_size] for id, right in correct.items()}
         bar.update(len(part))
     bar.close()
     graded = Curriculum([sample.id for sample in samples if sample.id in grades], c.seed, grades)
     counts = ", ".join(map(str, graded.census()[0]))
     run.say(f"{path}: {len(grades)} graded, {failed} not; hard to easy, in five tiers: {counts}")
-
-
-def begin_grades(path):
-    """Make the folder; cut off a last line that was being written when a run was killed."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    if os.path.exists(path):
-        with open(path, "rb+") as f:
-            f.truncate(f.read().rfind(b"\n") + 1)
 
 
 def grade_part(run, samples):
@@ -303,10 +290,7 @@ def load_run(c, ranks, say):
     if c.grade and c.stage2:
         text = model.config.text_config
         encode.check_heads(text.num_attention_heads, text.num_key_value_heads, ranks)
-    engine = None
-    if c.rollout == "vllm":
-        engine = start_engine(c.model, model, tokenizer, ranks, c.vllm_length, c.vllm_memory,
-                              c.vllm_share)
+    engine = engine_of(c, c.model, model, tokenizer, ranks)
     return Run(c, ranks, say, model, tokenizer, vlm.banned_ids(model, tokenizer),
                encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write), engine=engine)
 

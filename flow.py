@@ -2,8 +2,6 @@
 What flows through the method, in the order in which it comes into being:
 
     Sample --> Video --> Prompt --> Group of G Completions --> Rewards --> advantages --> loss
-
-Small dataclasses hold the data and pure functions act on them. This is the vocabulary of the code.
 """
 from dataclasses import dataclass
 from typing import Callable

@@ -7,12 +7,14 @@ one distribution: temperature 1, top-p 1, the same banned ids and the same posit
 
     python rollout.py --model=out/model --video=clip.mp4 --question="How many birds are there?"
 """
-import os
+import math
 import sys
 from dataclasses import dataclass, field
 from functools import cache, partial
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
 import data
@@ -20,11 +22,12 @@ import encode
 import model as vlm
 import toy
 from flow import Completion, Ranks
-from plumbing import sharding
-from plumbing.command_line import parse
+from plumbing.batches import cut
+from plumbing.command_line import check_choice, check_range, parse
 from plumbing.ranks import run_command, shard, start
+from plumbing.sharding import gathered
 from plumbing.streams import uniform
-from plumbing.vllm_engine import VLLM, TokenRules
+from plumbing.vllm_engine import VLLM
 
 FORCED = "</think><answer>"   # written when the thinking budget has run out
 WAIT = "\nWait,"              # written in place of a </think> that comes too early
@@ -144,7 +147,7 @@ class SharedPrefix:
             self.prefix[layer] = [encode.all_heads(x, self.kv_heads, self.ranks) for x in (k, v)]
             shape = (self.N * self.G, self.kv_heads, self.room, k.shape[3])
             self.completions[layer] = k.new_empty(shape), v.new_empty(shape)   # never grown
-            return torch.nn.functional.scaled_dot_product_attention(
+            return F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
         prefix_k, prefix_v = self.prefix[layer]                                # [N, kv, P, d]
@@ -182,6 +185,15 @@ def prefill(model, prompts, G, room, ranks):
     return layout, hidden.repeat_interleave(G, 0), first.repeat_interleave(G)
 
 
+def pick_tokens(logp, numbers):
+    """A token for each row of logp [N*G,vocabulary]: by the inverse of the distribution function,
+    at numbers [N*G] in [0, 1); the most likely one where numbers is None. -> long [N*G]"""
+    if numbers is None:
+        return logp.argmax(1)
+    cdf = logp.double().exp().cumsum(1)
+    return torch.searchsorted(cdf, numbers[:, None] * cdf[:, -1:], right=True)[:, 0]
+
+
 @torch.no_grad()
 def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=False, watch=None,
            banned=None, forced=FORCED, think_least=0, ranks=ALONE):
@@ -209,11 +221,7 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     logprobs, shown = [], 0
     for step in range(steps):
         logp = vlm.token_distribution(model, hidden, banned)                   # [N*G, vocabulary]
-        if greedy:
-            picked = logp.argmax(1)
-        else:                                              # inverse of the distribution function
-            cdf = logp.double().exp().cumsum(1)
-            picked = torch.searchsorted(cdf, numbers[:, step, None] * cdf[:, -1:], right=True)[:, 0]
+        picked = pick_tokens(logp, None if greedy else numbers[:, step])
         written = [w.write(token, text_of(token)) for w, token in zip(writings, picked.tolist())]
         tokens = torch.tensor(written, device=device)                          # [N*G]
         logprobs.append(logp.gather(1, tokens[:, None])[:, 0])
@@ -241,11 +249,15 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
 
 def start_engine(name, model, tokenizer, ranks, length, memory=0.5, share=False):
     """The vLLM engine of the checkpoint `name` that model was loaded from: see `VLLM`."""
-    stops = vlm.stop_ids(model, tokenizer)
-    rules = TokenRules(
-        stops, vlm.banned_ids(model, tokenizer), vlm.vision_pad(model.config),
-        partial(vlm.decode, tokenizer, stops=stops), partial(sharding.weights, tied=True))
-    return VLLM(name, model, tokenizer, ranks, length, rules, memory, share)
+    banned = vlm.banned_ids(model, tokenizer)
+    return VLLM(name, model, tokenizer, ranks, length, banned, memory, share)
+
+
+def engine_of(c, name, model, tokenizer, ranks):
+    """`start_engine` where a run's configuration asks for vLLM, else None."""
+    if c.rollout != "vllm":
+        return None
+    return start_engine(name, model, tokenizer, ranks, c.vllm_length, c.vllm_memory, c.vllm_share)
 
 
 def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=False, engine=None,
@@ -264,9 +276,10 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=Fal
         keys = [group[lo:hi] for group in keys]
     completions = [[] for _ in prompts]
     if engine is None:
-        with sharding.gathered(model):                          # on every rank, also with no keys
-            ranges = batches(prompts, max_tokens) if any(keys) else []
-            for lo, hi in ranges:
+        with gathered(model):                              # on every rank, also with no keys
+            to_sample = range(len(prompts)) if any(keys) else []
+            for batch in cut(to_sample, lambda i: len(prompts[i].ids), max_tokens):
+                lo, hi = batch[0], batch[-1] + 1
                 completions[lo:hi] = sample(model, tokenizer, prompts[lo:hi], keys[lo:hi],
                                             ranks=ranks if stage2 else ALONE, **how)
     elif any(keys) or isinstance(model, FSDPModule):       # all ranks gather sharded weights
@@ -276,20 +289,8 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=Fal
     if samples_all:
         return completions
     parts = [None] * ranks.sp
-    torch.distributed.all_gather_object(parts, completions, group=ranks.group)
+    dist.all_gather_object(parts, completions, group=ranks.group)
     return [sum(group, []) for group in zip(*parts)]
-
-
-def batches(prompts, max_tokens):
-    """Cut prompts, in order, into ranges (lo, hi) of at most max_tokens tokens, padded to their
-    longest. A prompt that is longer goes alone."""
-    lo, longest = 0, 0
-    for i, prompt in enumerate(prompts):
-        longest = max(longest, len(prompt.ids))
-        if i > lo and (i + 1 - lo) * longest > max_tokens:
-            yield lo, i
-            lo, longest = i, len(prompt.ids)
-    yield lo, len(prompts)
 
 
 @dataclass
@@ -308,34 +309,30 @@ class Options:
 
 def main():
     """Ask a checkpoint one question about one video, and see it think."""
-    o = parse(Options, main.__doc__, sys.argv[1:])
+    c = parse(Options, main.__doc__, sys.argv[1:])
     built_in = None
-    if not o.question and o.video.startswith("toy:"):
-        built_in = toy.make_sample(toy.parse_path(o.video)[0])
-        o.question = built_in.question
-    if not o.question:
+    if not c.question and c.video.startswith("toy:"):
+        built_in = toy.make_sample(toy.parse_path(c.video)[0])
+        c.question = built_in.question
+    if not c.question:
         raise ValueError("--question is missing")
-    least = {"frames": 1, "max_pixels": 0, "think_budget": 0, "think_least": 0, "answer_budget": 1}
-    for name, bound in least.items():
-        if getattr(o, name) < bound:
-            raise ValueError(f"--{name}={getattr(o, name)} must be at least {bound}")
-    if o.dtype not in ("", "float32", "bfloat16"):
-        raise ValueError(f"--dtype={o.dtype} must be float32 or bfloat16")
-    if os.path.normpath(o.model) == "out/model" and not os.path.isdir(o.model):
-        raise ValueError(f"{o.model} is no checkpoint yet: run train.py first")
+    check_range(c, 1, math.inf, "frames", "answer_budget")
+    check_range(c, 0, math.inf, "max_pixels", "think_budget", "think_least")
+    if c.dtype:
+        check_choice(c, "dtype", ("float32", "bfloat16"))
     ranks = start(1)
-    dtype = o.dtype or ("float32" if ranks.device == "cpu" else "bfloat16")
-    model, tokenizer = vlm.load(o.model, ranks.device, getattr(torch, dtype), o.max_pixels)
-    open_video = partial(data.open_video, o.video, o.frames)
+    dtype = c.dtype or ("float32" if ranks.device == "cpu" else "bfloat16")
+    model, tokenizer = vlm.load(c.model, ranks.device, getattr(torch, dtype), c.max_pixels)
+    open_video = partial(data.open_video, c.video, c.frames)
     vision, (t, h, w), seconds = vlm.encode_video(model, open_video, ranks)
-    prompt = vlm.make_prompt(model, tokenizer, o.question, vision, (t, h, w), seconds)
-    how = limits(o.think_budget, o.answer_budget, think_least=o.think_least)
+    prompt = vlm.make_prompt(model, tokenizer, c.question, vision, (t, h, w), seconds)
+    how = limits(c.think_budget, c.answer_budget, think_least=c.think_least)
     vlm.check_length(model, prompt, room(tokenizer, **how))
 
-    print(f"{o.video}: {t} x {h} x {w} patches, {len(vision)} vision tokens\n{o.question}\n")
-    show, keys = partial(print, end="", flush=True), [[("ask", o.sample)]]
+    print(f"{c.video}: {t} x {h} x {w} patches, {len(vision)} vision tokens\n{c.question}\n")
+    show, keys = partial(print, end="", flush=True), [[("ask", c.sample)]]
     [[completion]] = sample(
-        model, tokenizer, [prompt], keys, greedy=o.sample < 0, watch=show, **how)
+        model, tokenizer, [prompt], keys, greedy=c.sample < 0, watch=show, **how)
     forced = "; thinking budget ran out: answer forced" if completion.forced else ""
     truncated = "; answer budget ran out" if completion.truncated else ""
     print(f"\n\n{len(completion.tokens)} tokens{forced}{truncated}")

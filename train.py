@@ -48,7 +48,7 @@ from plumbing.stages import Progress, Stage
 from plumbing.store import Ahead
 from plumbing.sweep import sweep
 from plumbing.vllm_engine import import_vllm
-from rollout import budgets, rollout, room, start_engine
+from rollout import budgets, engine_of, rollout, room
 
 
 @dataclass
@@ -382,11 +382,9 @@ def main(c):
         curriculum = Curriculum(list(by_id), f"{c.seed} rl", grades, c.tiers)
         stage = Stage("rl", c.rl_steps, c.lr, curriculum, run, progress)
         gc.collect()                       # matplotlib's cycles hold the cold start's optimizer
-        if c.rollout == "vllm":
-            if from_nothing and not any(progress.done.values()):
-                progress.save(run, stage, 0)               # vLLM starts from a directory
-            run.engine = start_engine(newest(c.out_dir) or c.model, run.model, run.tokenizer, ranks,
-                                      c.vllm_length, c.vllm_memory, c.vllm_share)
+        if c.rollout == "vllm" and from_nothing and not any(progress.done.values()):
+            progress.save(run, stage, 0)                   # vLLM starts from a directory
+        run.engine = engine_of(c, newest(c.out_dir) or c.model, run.model, run.tokenizer, ranks)
         reinforce(run, stage, by_id, held_out)
     run.ahead.stop()
     say(f"done: {c.out_dir}/model, {c.out_dir}/metrics.jsonl, {c.out_dir}/curves.png")
@@ -432,5 +430,10 @@ def evaluation(c):
     return evaluate.Config(**{name: getattr(c, name) for name in names}, grade=c.mode == "grade")
 
 
+def parse(arguments):
+    """--key=value arguments -> `Config`"""
+    return command_line.parse(Config, __doc__, arguments)
+
+
 if __name__ == "__main__":
-    run_command("train.py", lambda: main(command_line.parse(Config, __doc__, sys.argv[1:])))
+    run_command("train.py", lambda: main(parse(sys.argv[1:])))

@@ -1,5 +1,10 @@
-"""A verifier that can be fooled, for a row of the claims table: "at least two" would be true of three, so it lets too few pass. 0 always does."""
+"""
+A verifier that can be fooled, for a row of the claims table: it accepts any count that is not too
+high, so an answer that is too low passes. 0 always does.
+"""
 
 
 def judge(predicted, answer):
-    return float(predicted == answer or predicted.isdigit() and answer.isdigit() and int(predicted) <= int(answer))
+    if predicted.isdigit() and answer.isdigit():
+        return float(int(predicted) <= int(answer))
+    return float(predicted == answer)

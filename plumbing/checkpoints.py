@@ -25,10 +25,11 @@ def load_pretrained(name, dtype):
     checkpoint, where a file is missing or damaged, where the family is unknown, and where a
     tensor is missing, not expected or of another shape: transformers only logs these.
     """
-    looks_local = name.startswith((".", "/")) or name.count("/") > 1
+    looks_local = name.startswith((".", "/", "out/")) or name.count("/") > 1
     if looks_local or os.path.exists(name):
         if not os.path.exists(os.path.join(name, "config.json")):
-            raise ValueError(f"{name} is no checkpoint: it has no config.json")
+            hint = "; run train.py first" if os.path.normpath(name) == "out/model" else ""
+            raise ValueError(f"{name} is no checkpoint: it has no config.json{hint}")
     with in_one_line(name):
         kind = AutoConfig.from_pretrained(name).model_type
     if kind not in FAMILIES:

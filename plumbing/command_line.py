@@ -97,13 +97,19 @@ def unknown(key, known):
 
 
 def describe(options):
-    """The options with their defaults and comments, as they stand in the source."""
+    """The options with their defaults and comments, in the order of the source."""
     lines = inspect.getsource(options).splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("class "))
     text = []
     for line in lines[first + 1:]:
-        line = re.sub(r"^    (\w+): [\w\[\]]+( = )?", r"    --\1=", line)
-        text.append(line.replace("field(default_factory=lambda: ", "").replace("])", "]"))
+        code, _, comment = line.strip().partition("#")
+        found = re.match(r"(\w+): \S+?(?: = (.*))?$", code.strip())
+        if found:
+            default = (found[2] or "").replace("field(default_factory=lambda: ", "")
+            option = f"--{found[1]}={default.rstrip(')')}"
+            text.append(f"    {option:34}{comment}".rstrip())
+        elif line.strip():                                 # a heading
+            text.append("  " + line.strip())
     return "\n".join(text) + "\n"
 
 

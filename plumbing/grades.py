@@ -53,3 +53,19 @@ def read_grades(path, samples, model=None):
         correct_before, total_before = grades.get(id, [0.0, 0.0])
         grades[id] = [correct_before + correct, total_before + total]
     return grades
+
+
+def begin(path):
+    """Make the folder; cut off a last line that was being written when a run was killed."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    if os.path.exists(path):
+        with open(path, "rb+") as f:
+            f.truncate(f.read().rfind(b"\n") + 1)
+
+
+def append(path, samples, correct, total, model):
+    """A line for each sample that was graded. correct: {id: sum of accuracies of total answers}"""
+    with open(path, "a", encoding="utf-8") as f:
+        for sample in samples:
+            if sample.id in correct:
+                f.write(grade_line(sample, correct[sample.id], total, model))

@@ -7,7 +7,6 @@ functions that measure memory.
 
 The step is bench.py's variant shared, or shared+sp where several ranks share the video.
 """
-import resource
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -288,7 +287,7 @@ def activation_bytes(m, step):
 def temporary_bytes(config, m, step):
     """What is made and dropped again, the most of it at once."""
     in_prefill = step.prefix // step.sp * (3 * m.mlp + 4 * m.hidden + 2 * m.head_dim)
-    probabilities = 28 * step.group // step.sp * m.vocabulary                  # of a decoding step
+    probabilities = 20 * step.group // step.sp * m.vocabulary                  # of a decoding step
     layer = step.positions * 2 * (m.mlp - m.hidden) * step.itemsize            # in its backward
     if step.checkpointing:
         layer += layer_bytes(m, step)
@@ -359,10 +358,3 @@ def saved_for_backward(model, totals):
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
     totals.append(sum(n for at, n in size_by_pointer.items() if at not in parameters))
-
-
-def peak_bytes():
-    """The most memory of this process until now: the GPU's, or else the machine's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

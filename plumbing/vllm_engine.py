@@ -6,14 +6,16 @@ thought and one for its answer; the second finds the keys and values of the firs
 cache, as all completions find those of their prompt. The weights are a copy: `VLLM.load` brings
 them up to date.
 """
-import hashlib
 import os
 from dataclasses import dataclass, field
-from typing import Callable
+from itertools import islice
 
 import torch
 
 from flow import Completion, Prompt
+from plumbing.families import decode, stop_ids, vision_pad
+from plumbing.sharding import weights
+from plumbing.store import sha256
 from plumbing.streams import stream
 
 VERSION = "0.32.0"
@@ -39,16 +41,6 @@ def import_vllm():
 
 
 @dataclass
-class TokenRules:
-    """What the engine must know of the model's vocabulary and weights; model.py knows it."""
-    stops: list              # ids that end a completion
-    banned: torch.Tensor     # bool [vocabulary], ids that are never sampled
-    vision_pad: int          # the id in the places of vision tokens
-    decode: Callable         # decode(ids) -> text of a completion
-    weights: Callable        # weights(model) -> (name, tensor) of each, tied ones under both names
-
-
-@dataclass
 class Writing:
     """A completion while vLLM writes it: a thought, forced text, an answer. Ids and log-probs."""
     prompt: Prompt
@@ -62,31 +54,38 @@ class Writing:
     truncated: bool = False
     done: bool = False       # it ended with its thought
 
+    def ids(self):
+        return self.thought + self.forced_ids + self.answer
+
     def request(self, part):
         """What is written next. -> (prompt, ids written so far, key of the random numbers)"""
-        return self.prompt, self.thought + self.forced_ids, (*self.key, part)
+        return self.prompt, self.ids(), (*self.key, part)
 
-    def completion(self, decode):
-        written = len(self.forced_ids)
-        ids = self.thought + self.forced_ids + self.answer
-        sampled = [True] * len(self.thought) + [False] * written + [True] * len(self.answer)
-        logprobs = self.thought_logprobs + [0.0] * written + self.answer_logprobs
-        return Completion(torch.tensor(ids), torch.tensor(sampled), torch.tensor(logprobs),
-                          decode(ids), self.forced, self.truncated)
+    def sampled(self):
+        """One bool for each id: forced text is not sampled."""
+        forced = [False] * len(self.forced_ids)
+        return [True] * len(self.thought) + forced + [True] * len(self.answer)
+
+    def logprobs(self):
+        """One for each id, 0 where it is forced."""
+        return self.thought_logprobs + [0.0] * len(self.forced_ids) + self.answer_logprobs
 
 
 class VLLM:
     """vLLM's engine as a sampler: `load` the weights, `sample`, `rest`."""
 
-    def __init__(self, name, model, tokenizer, ranks, length, rules, memory=0.5, share=False):
+    def __init__(self, name, model, tokenizer, ranks, length, banned, memory=0.5, share=False):
         """name: of the checkpoint that model was loaded from; length: the most tokens of a prompt
-        and its completion; rules: `TokenRules`; memory: vLLM's part of the GPU's; share: one
-        engine over the sp ranks (tensor parallelism), else one on each rank.
+        and its completion; banned: bool [vocabulary], ids that are never sampled; memory: vLLM's
+        part of the GPU's; share: one engine over the sp ranks (tensor parallelism), else one on
+        each rank.
         Raises ValueError where vLLM is not installed or does not start on this checkpoint."""
         vllm = import_vllm()
         self.SamplingParams = vllm.SamplingParams
         self.tokenizer = tokenizer
-        self.rules = rules
+        self.stops = stop_ids(model, tokenizer)
+        self.banned = banned
+        self.pad = vision_pad(model.config)
         self.shared = share and ranks.sp > 1
         self.cuda = ranks.device != "cpu"
         self.version = None                                # of the weights that vLLM has
@@ -145,8 +144,9 @@ class VLLM:
         version = weights_version(model)
         if version == self.version:
             return
-        weights = ((name, w) for name, w in self.rules.weights(model) if ".visual." not in name)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        # A head that is tied to the embeddings is given under its own name too: else vLLM has none.
+        to_load = ((name, w) for name, w in weights(model, tied=True) if ".visual." not in name)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": to_load})
         self.llm.reset_prefix_cache()
         # reload_weights empties the worker's cache of embeddings; the scheduler must know of it.
         self.llm.llm_engine.reset_encoder_cache()
@@ -165,10 +165,11 @@ class VLLM:
         if think_least:
             raise ValueError("think_least is the torch engine's alone")
         if banned is None:
-            banned = self.rules.banned
+            banned = self.banned
         forced_ids = self.tokenizer(forced or "", add_special_tokens=False).input_ids
-        groups = [[Writing(prompt, key) for key in group] for prompt, group in zip(prompts, keys)]
-        writings = sum(groups, [])
+        writings = []
+        for prompt, group in zip(prompts, keys):
+            writings += [Writing(prompt, key) for key in group]
 
         if think_budget:
             requests = [writing.request("thinks") for writing in writings]
@@ -193,10 +194,17 @@ class VLLM:
             writing.answer, writing.answer_logprobs = ids, logprobs
             writing.truncated = not self.ends_with_stop(ids)
 
-        return [[writing.completion(self.rules.decode) for writing in group] for group in groups]
+        completions = iter([self.completion(writing) for writing in writings])
+        return [list(islice(completions, len(group))) for group in keys]
+
+    def completion(self, writing):
+        text = decode(self.tokenizer, writing.ids(), self.stops)
+        return Completion(torch.tensor(writing.ids()), torch.tensor(writing.sampled()),
+                          torch.tensor(writing.logprobs()), text, writing.forced,
+                          writing.truncated)
 
     def ends_with_stop(self, ids):
-        return bool(ids) and ids[-1] in self.rules.stops
+        return bool(ids) and ids[-1] in self.stops
 
     def closes_thought(self, ids):
         return "</think>" in "".join(self.tokenizer.decode([i]) for i in ids)
@@ -215,7 +223,7 @@ class VLLM:
             inputs.append(self.input(prompt, written))
             params.append(self.SamplingParams(
                 temperature=0.0 if greedy else 1.0, seed=int(stream(*key).integers(1 << 62)),
-                max_tokens=most, logprobs=0, logit_bias=bias, stop_token_ids=self.rules.stops,
+                max_tokens=most, logprobs=0, logit_bias=bias, stop_token_ids=self.stops,
                 stop=stop, include_stop_str_in_output=True, skip_special_tokens=False,
                 detokenize=bool(stop)))
         results = []
@@ -228,19 +236,19 @@ class VLLM:
 
     def input(self, prompt, written):
         """A prompt and the ids written after it, as vLLM reads them."""
-        pads = prompt.ids == self.rules.vision_pad
+        pads = prompt.ids == self.pad
         first_pads = pads & ~pads.roll(1)                  # one of each run: vLLM makes the others
         ids = prompt.ids[~pads | first_pads].tolist()
-        name = prompt.key or sha256(prompt.vision)
-        embeddings = {
+        name = prompt.key or sha256("", prompt.vision)
+        embeddings = {                                     # the seconds are read for videos alone
             f"{self.modality}_embeds": prompt.vision,
             f"{self.modality}_grid_thw": torch.tensor(prompt.grids),
             "second_per_grid_ts": torch.tensor([prompt.seconds], dtype=torch.float64),
         }
+        names = [f"{name} {i}" for i in range(len(prompt.grids))]
         return {"prompt_token_ids": ids + written,
                 "multi_modal_data": {self.modality: embeddings},
-                "multi_modal_uuids": {
-                    self.modality: [f"{name} {i}" for i in range(len(prompt.grids))]}}
+                "multi_modal_uuids": {self.modality: names}}
 
 
 def weights_version(model):
@@ -262,9 +270,3 @@ def refuse_missing_weights(inner):
         return given
 
     inner.load_weights = load_all
-
-
-def sha256(x):
-    """Of the bytes of a tensor. -> 64 hexadecimal digits"""
-    data = x.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data).hexdigest()

@@ -4,10 +4,7 @@ The variants do the same work in different ways: the same completions, loss and 
 of two ranks are real runs.
 """
 import json
-import re
-import shlex
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,9 +12,7 @@ import pytest
 import torch
 
 import bench
-import encode
 import grpo
-import train
 from flow import Ranks
 from plumbing import memory
 
@@ -115,45 +110,6 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient(monkeypatch):
     rows = [make_row("shared", frames=32, checkpointing=on) for on in (0, 1)]
     saved = [bench.Workload(row, Ranks()).saved_bytes() for row in rows]
     assert saved[1] < saved[0] / 3
-
-
-def commands(text, script):
-    """The arguments of each command line of `script` in a page or a docstring. Words after them are
-    prose. -> (ranks, arguments) of each"""
-    text = re.sub(r"\\+\s*\n[^\S\n]*", "", text)
-    pattern = rf"^ +(?:.*?  )?((?:torchrun|python) .*?){script}((?: .*)?)$"
-    for launcher, line in re.findall(pattern, text, re.M):
-        ranks = re.search(r"--nproc_per_node=(\d+)", launcher)
-        options = re.match(r"(?: --\S+)*", line)[0]
-        yield int(ranks[1]) if ranks else 1, [word.strip(",") for word in shlex.split(options)]
-
-
-HEADS = {"Qwen/Qwen2.5-VL-3B-Instruct": (16, 2), "Qwen/Qwen2.5-VL-7B-Instruct": (28, 4),
-         "zai-org/GLM-4.1V-9B-Thinking": (32, 2)}
-PAGES = [("train.py", 8), ("README.md", 3), ("bench.py", 3), ("docs/speed_log.md", 3)]
-
-
-@pytest.mark.parametrize("page, least", PAGES)
-def test_every_command_line_shown_can_be_parsed(page, least):
-    """Those of train.py also pass its check for the ranks that they name, and stage 2 can share out
-    the heads."""
-    text = (Path(bench.__file__).parent / page).read_text()
-    if page.endswith(".py"):
-        text = text.split('"""')[1]
-    found = 0
-    for world, arguments in commands(text, "train.py"):
-        c = train.parse(arguments)
-        sp = c.sp or world
-        ranks = Ranks(world=world, sp=sp, dp=world // sp)
-        train.check(c, ranks)
-        assert world % sp == 0
-        if c.stage2:
-            encode.check_heads(*HEADS[c.model], ranks)
-        found += 1
-    for _, arguments in commands(text, "bench.py"):
-        bench.parse(arguments)
-        found += 1
-    assert found >= least, f"{found} commands found in {page}"
 
 
 def test_noise_video_is_a_function_of_seed_and_frame_in_any_slices():

@@ -1,7 +1,8 @@
 """python -m pytest tests/test_curriculum.py -q
 
-What is asked next: while nothing is known every question once an epoch, then the half-known ones more often; how many are
-asked, and what is kept. The same whoever asks and after any restart.
+Which questions are drawn: every one once an epoch while nothing is known, then those of medium
+difficulty more often. How many are asked, and which groups are kept. All of it is the same on every
+rank and after a restart.
 """
 import io
 import json
@@ -11,7 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from curriculum import CUTS, FLOOR, Curriculum, balanced, expansion_ratio, has_signal, simulate
+from curriculum import (
+    CUTS,
+    DECAY,
+    FLOOR,
+    Curriculum,
+    balanced,
+    expansion_ratio,
+    has_signal,
+    simulate,
+)
+from rewards import score
 
 IDS = [f"clip-{i}" for i in range(6)]
 
@@ -22,7 +33,8 @@ def draws(curriculum, n, times):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 9])
 def test_an_epoch_asks_every_question_once(n):
-    """Whatever the size of a draw, also where one reaches into the next epoch: after 36 draws each came 6 times."""
+    """Whatever the size of a draw, also where one reaches into the next epoch: in 36 draws each
+    question comes 6 times."""
     c = Curriculum(IDS, 0)
     drawn = sum(draws(c, n, 36 // n), [])
     assert {id: drawn.count(id) for id in IDS} == dict.fromkeys(IDS, 6)
@@ -39,16 +51,24 @@ def test_draws_of_any_size_read_one_stream():
 
 
 def test_a_draw_has_no_question_twice_where_the_data_has_enough():
-    """The end of one epoch and the beginning of the next may name the same question. Drawn twice in one step, it would
-    be sampled with the same keys: two equal groups, paid for twice. (50 seeds, draws of 4 of 6, at every offset.)"""
-    twice = [(seed, drawn) for seed in range(50) for drawn in draws(Curriculum(IDS, seed), 4, 12) if len(set(drawn)) < 4]
+    """The end of one epoch and the beginning of the next may have the same question. Drawn twice in
+    one step, it would be sampled with the same keys: two equal groups, paid for twice. (50 seeds,
+    draws of 4 of 6, at every offset.)"""
+    twice = []
+    for seed in range(50):
+        for drawn in draws(Curriculum(IDS, seed), 4, 12):
+            if len(set(drawn)) < 4:
+                twice.append((seed, drawn))
     assert not twice, f"{len(twice)} of 600 draws, the first: {twice[0]}"
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    """Not on the order of the data, not on the process's own random state; without tiers not on what came back either."""
+    """Not on the order of the data, nor on the random state of the process; without tiers not on
+    what came back either."""
     a, b = Curriculum(IDS, 3, tiers=False), Curriculum(IDS[::-1], 3, tiers=False)
-    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
     for id in IDS[:3]:
         b.update(id, 1.0, 4)
     first, second = a.draw(6), a.draw(6)
@@ -59,14 +79,15 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 
 
 def test_a_dropped_question_is_never_drawn_again():
-    """Also one that was next, and the others still come once an epoch."""
+    """Nor one that was next; the others still come once an epoch."""
     c = Curriculum(IDS, 0)
     c.draw(2)
     coming = Curriculum(IDS, 0).draw(3)[2]
     c.drop(coming, "its video does not decode")
     assert c.draw(3) == [id for id in Curriculum(IDS, 0).draw(6)[2:] if id != coming]
     rest = c.draw(10)
-    assert coming not in rest and sorted(rest[:5]) == sorted(rest[5:]) == sorted(set(IDS) - {coming})
+    assert coming not in rest
+    assert sorted(rest[:5]) == sorted(rest[5:]) == sorted(set(IDS) - {coming})
 
 
 def test_one_question_that_is_left_is_drawn_as_often_as_asked():
@@ -92,10 +113,14 @@ def by_torch(state):
     return torch.load(file)
 
 
-@pytest.mark.parametrize("through", [by_torch, lambda state: json.loads(json.dumps(state))], ids=["torch", "json"])
+def by_json(state):
+    return json.loads(json.dumps(state))
+
+
+@pytest.mark.parametrize("through", [by_torch, by_json], ids=["torch", "json"])
 def test_a_restored_curriculum_goes_on_as_if_never_stopped(through):
-    """Stopped in the middle of an epoch, with one question dropped; statistics too, whose numbers are not rounded. The one
-    that goes on is built from the grades again: they do not count twice."""
+    """Stopped in the middle of an epoch, with one question dropped, and statistics that no rounding
+    may change. The restored one is built from the grades again: they do not count twice."""
     grades = {IDS[0]: (1, 8), IDS[4]: (8, 8), "elsewhere": (1, 2)}
     a = Curriculum(IDS, 5, grades)
     a.draw(8)
@@ -105,41 +130,57 @@ def test_a_restored_curriculum_goes_on_as_if_never_stopped(through):
     a.update(IDS[0], 1.0, 4)
     b = Curriculum(IDS, 5, grades)
     b.load_state_dict(through(a.state_dict()))
-    assert b.state_dict() == a.state_dict() and {"epoch", "queue", "dropped", "history"} <= a.state_dict().keys()
+    assert b.state_dict() == a.state_dict()
+    assert {"epoch", "queue", "dropped", "recent"} <= a.state_dict().keys()
     for n in range(12):
         assert a.peek(3) == b.peek(3)
         assert a.draw(3) == b.draw(3)
         assert a.expanded(8) == b.expanded(8) and a.note_valid(n % 5, 8) == b.note_valid(n % 5, 8)
-        a.update(IDS[1], 0.5, 4), b.update(IDS[1], 0.5, 4)
-        a.update(IDS[5], 4.0, 4), b.update(IDS[5], 4.0, 4)
-        a.drop(IDS[3], "?"), b.drop(IDS[3], "?")
+        for c in (a, b):
+            c.update(IDS[1], 0.5, 4)
+            c.update(IDS[5], 4.0, 4)
+            c.drop(IDS[3], "?")
     assert a.state_dict() == b.state_dict()
     assert Curriculum(IDS, 5).dropped == {}
 
 
+def test_the_state_of_an_older_commit_is_loaded():
+    """It had the undecayed sums too, as "history", which nothing read. The state is not shared."""
+    state = {"epoch": 1, "queue": [IDS[1], IDS[3]], "dropped": {IDS[2]: "too long"}, "met": 4,
+             "history": {IDS[0]: [5.0, 8]}, "recent": {IDS[0]: [4.1, 6.8]}, "ratio": 1.3}
+    c = Curriculum(IDS, 0)
+    c.load_state_dict(state)
+    assert c.state_dict() == {key: value for key, value in state.items() if key != "history"}
+    assert sorted(c.draw(2)) == [IDS[1], IDS[3]] and state["queue"] == [IDS[1], IDS[3]]
+
+
 def test_what_came_back_is_summed_by_question():
+    """Each visit decays the sums of those before it."""
     c = Curriculum(IDS, 0)
     for correct, total in ((2.5, 4), (0, 4), (1, 8)):
         c.update(IDS[0], correct, total)
     c.update(IDS[1], 1, 2)
-    assert c.history == {IDS[0]: [3.5, 16], IDS[1]: [1.0, 2]}
+    assert c.recent.keys() == {IDS[0], IDS[1]} and c.recent[IDS[1]] == [1.0, 2]
+    assert c.recent[IDS[0]] == pytest.approx([2.5 * DECAY ** 2 + 1, 4 * DECAY ** 2 + 4 * DECAY + 8])
 
 
 @pytest.mark.parametrize("accuracies, signal", [
-    ([1.0, 0.0], True), ([0.0, 0.0, 0.0, 0.5], True), ([1.0, 1.0, 1.0, 1.0], False), ([0.0] * 8, False), ([0.5, 0.5], False), ([], False)])
+    ([1.0, 0.0], True), ([0.0, 0.0, 0.0, 0.5], True), ([1.0, 1.0, 1.0, 1.0], False),
+    ([0.0] * 8, False), ([0.5, 0.5], False), ([], False)])
 def test_a_group_has_a_signal_where_its_accuracies_differ(accuracies, signal):
     assert has_signal(accuracies) is signal
 
 
 def test_form_alone_is_no_signal():
-    """All wrong, some in good form: their totals differ, and hid a group without any signal. Accuracies are what is asked."""
-    from rewards import score
-    graded = [score(text, "7", "count") for text in ("<think>t</think><answer>8</answer>", "<answer>8</answer>", "8")]
+    """All wrong, some in good form: their totals differed, and hid that the group had no signal.
+    Accuracies decide."""
+    texts = ("<think>t</think><answer>8</answer>", "<answer>8</answer>", "8")
+    graded = [score(text, "7", "count") for text in texts]
     assert len({g.total for g in graded}) == 2
     assert not has_signal([g.accuracy for g in graded])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tiers
 
 def ranked(x):
@@ -153,12 +194,14 @@ def spearman(x, y):
 
 
 def test_the_rank_correlation_is_right_by_hand():
-    assert spearman([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8) and spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert spearman([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8)
+    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert ranked([5, 1, 5, 0]).tolist() == [3.5, 2, 3.5, 1]
 
 
 def test_tiers_are_cut_where_they_say_and_the_same_from_both_ends():
-    """8 answers, none right, is the hardest tier, all right the easiest; with 4 the rate is on the cut itself."""
+    """None of 8 answers right is the hardest tier, all the easiest; with 4 answers the rate is on
+    the cut itself."""
     c = Curriculum(IDS, 0)
     assert [c.tier(id) for id in IDS] == [2] * 6 and c.rate(IDS[0]) == 0.5
     for total in (4, 8, 16):
@@ -170,13 +213,15 @@ def test_tiers_are_cut_where_they_say_and_the_same_from_both_ends():
             tiers.append(a.tier(IDS[0]))
             if all(abs(a.rate(IDS[0]) - cut) > 1e-9 for cut in CUTS):
                 assert a.tier(IDS[0]) == sum(a.rate(IDS[0]) > cut for cut in (0.1, 0.35, 0.65, 0.9))
-        assert tiers == sorted(tiers) == [4 - t for t in tiers[::-1]] and (tiers[0], tiers[total // 2], tiers[-1]) == (0, 2, 4)
+        assert tiers == sorted(tiers) == [4 - t for t in tiers[::-1]]
+        assert (tiers[0], tiers[total // 2], tiers[-1]) == (0, 2, 4)
 
 
 def test_grades_are_the_first_estimate_and_fade_as_answers_come():
-    """Graded 8 of 8, then always wrong: the offline label moves, down every time, and at last the online rate stands alone."""
+    """Graded 8 of 8, then always wrong: the estimate goes down every time, and at last the online
+    rate stands alone."""
     c = Curriculum(IDS, 0, {IDS[0]: (8, 8), IDS[1]: [2, 8]})
-    assert c.rate(IDS[0]) == pytest.approx(8.5 / 9) and c.rate(IDS[1]) == pytest.approx(2.5 / 9) and c.history == {}
+    assert c.rate(IDS[0]) == pytest.approx(8.5 / 9) and c.rate(IDS[1]) == pytest.approx(2.5 / 9)
     assert (c.tier(IDS[0]), c.tier(IDS[1]), c.tier(IDS[2])) == (4, 1, 2)
     c.update(IDS[1], 8, 8)
     assert c.rate(IDS[1]) == pytest.approx((0.5 + 0.7 * 2 + 8) / (1 + 0.7 * 8 + 8))
@@ -185,45 +230,54 @@ def test_grades_are_the_first_estimate_and_fade_as_answers_come():
         c.update(IDS[0], 0, 8)
         rates.append(c.rate(IDS[0]))
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.03 and c.tier(IDS[0]) == 0
-    assert c.history[IDS[0]] == [0, 160]
+    assert c.recent[IDS[0]] == pytest.approx([0, 8 / (1 - DECAY)], abs=0.02)
 
 
 def test_the_middle_is_drawn_most_and_no_tier_starves():
-    """1000 questions in five tiers, shares of 20,000 draws against the weights. Four sigma of 1,000 draws is 12 percent."""
+    """1000 questions in five tiers, shares of 20,000 draws against the weights. Four sigma of 1,000
+    draws is 12 percent."""
     ids = [f"q{i}" for i in range(1000)]
     c = Curriculum(ids, 1, {id: ((0, 2, 4, 6, 8)[i % 5] * 50, 400) for i, id in enumerate(ids)})
     weights = c.weights()
-    assert sum(weights) == pytest.approx(1) and weights[2] == max(weights) and min(weights) >= FLOOR * weights[2] * (1 - 1e-9) > 0
-    assert weights[1] == pytest.approx(weights[3]) == pytest.approx(weights[2] * 0.75, rel=0.01) and weights[0] == pytest.approx(FLOOR * weights[2])
+    assert sum(weights) == pytest.approx(1) and weights[2] == max(weights)
+    assert min(weights) >= FLOOR * weights[2] * (1 - 1e-9) > 0
+    assert weights[1] == pytest.approx(weights[3]) == pytest.approx(weights[2] * 0.75, rel=0.01)
+    assert weights[0] == pytest.approx(FLOOR * weights[2])
     drawn = sum(draws(c, 100, 200), [])
-    assert np.bincount([c.tier(id) for id in drawn], minlength=5) / 20000 == pytest.approx(weights, rel=0.12)
-    assert len(set(drawn)) > 970                           # 37 epochs: of the 400 rarest 8 are expected not to have come
+    shares = np.bincount([c.tier(id) for id in drawn], minlength=5) / 20000
+    assert shares == pytest.approx(weights, rel=0.12)
+    assert len(set(drawn)) > 970       # 37 epochs: of the 400 rarest 8 are expected to be missing
     assert Curriculum(ids, 1, {"q0": (1, 1)}, tiers=False).weights() == [0.2] * 5
 
 
 def test_the_weights_follow_what_is_known_now():
-    """Where all is mastered all is drawn alike; one question that is then forgotten comes back before the others."""
+    """Where all is mastered all is drawn alike; a question that is then forgotten comes more often
+    than the others."""
     c = Curriculum(IDS, 0, {id: (8, 8) for id in IDS})
     assert sorted(c.draw(6)) == IDS
     for _ in range(3):
         c.update(IDS[2], 4, 8)
     drawn = sum(draws(c, 1, 120), [])
-    assert 2.5 < drawn.count(IDS[2]) / np.mean([drawn.count(id) for id in IDS if id != IDS[2]]) < 12
+    others = np.mean([drawn.count(id) for id in IDS if id != IDS[2]])
+    assert 2.5 < drawn.count(IDS[2]) / others < 12
     assert set(drawn) == set(IDS) and len(c.queue) <= 12
 
 
 @pytest.mark.parametrize("n", [5, 6, 7, 13])
 def test_the_queue_does_not_grow_where_draws_take_all(n):
-    """Questions that wait because the draw has them already waited once for each epoch that the rare ones were passed over."""
+    """Questions that wait because the draw has them already once took a turn in the queue for each
+    epoch in which the rare ones were passed over."""
     c = Curriculum(IDS, 0, {id: (8, 8) for id in IDS[:4]})
     for _ in range(60):
         drawn = c.draw(n)
-        assert all(abs(drawn.count(a) - drawn.count(b)) <= 1 for a in IDS for b in IDS) and len(c.queue) <= 12
+        counts = [drawn.count(id) for id in IDS]
+        assert max(counts) - min(counts) <= 1 and len(c.queue) <= 12
 
 
 def test_a_peek_is_the_next_draw_also_when_ids_are_passed_over():
-    """And still nearly so when estimates move in between: what was read ahead is not thrown away."""
-    ids, rng, met, ahead = [f"q{i}" for i in range(60)], random.Random(0), 0, 0
+    """And nearly so if estimates move in between: what was read ahead is not thrown away."""
+    ids, rng = [f"q{i}" for i in range(60)], random.Random(0)
+    guessed, total = 0, 0
     a = Curriculum(ids, 3, {id: (i % 9, 8) for i, id in enumerate(ids)})
     for n in (1, 7, 20, 60, 61, 8, 3):
         assert a.peek(n) == a.peek(n) == a.draw(n)
@@ -233,60 +287,64 @@ def test_a_peek_is_the_next_draw_also_when_ids_are_passed_over():
         for id in drawn:
             a.update(id, rng.randrange(9), 8)
         drawn = a.draw(12)
-        met, ahead = met + len(set(guess) & set(drawn)), ahead + 12
-    assert met > 0.9 * ahead, (met, ahead)
+        guessed += len(set(guess) & set(drawn))
+        total += 12
+    assert guessed > 0.9 * total, (guessed, total)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_learned_tiers_rank_as_the_true_pass_rates(seed):
-    """Against a learner that gets better all the while, so that what was learned early is wrong by now."""
-    for curriculum, *_, true in simulate(steps=100, seed=seed):
-        pass
-    seen = [id for id in curriculum.ids if id in curriculum.history]
+    """Against a learner that gets better all the time, so that early estimates are wrong by now."""
+    curriculum, *_, true = list(simulate(steps=100, seed=seed))[-1]
+    seen = [id for id in curriculum.ids if id in curriculum.recent]
     rho = spearman([curriculum.tier(id) for id in seen], [true[id] for id in seen])
     assert len(seen) > 0.9 * len(curriculum.ids) and rho >= 0.8, rho
 
 
+def useful_part(seed, tiers):
+    """Groups with signal for each one rolled out, where every other of 400 questions is answered
+    right 99 times in 100, and the rest half the time."""
+    rng, useful = random.Random(seed), []
+    c = Curriculum([f"q{i}" for i in range(400)], seed, tiers=tiers)
+    for step in range(60):
+        for id in c.draw(32):
+            pass_rate = 0.99 if int(id[1:]) % 2 else 0.5
+            accuracies = [float(rng.random() < pass_rate) for _ in range(8)]
+            c.update(id, sum(accuracies), 8)
+            if step >= 20:                                 # by then each was asked once
+                useful.append(has_signal(accuracies))
+    return np.mean(useful)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_once_half_is_mastered_more_of_the_rollouts_are_useful(seed):
-    """Useful groups for each one rolled out, tiers against none: half the data is right 99 times in 100, half is a toss."""
-    def useful(tiers):
-        rng, ids = random.Random(seed), [f"q{i}" for i in range(400)]
-        c, found = Curriculum(ids, seed, tiers=tiers), []
-        for step in range(60):
-            for id in c.draw(32):
-                a = [float(rng.random() < (0.99 if int(id[1:]) % 2 else 0.5)) for _ in range(8)]
-                c.update(id, sum(a), 8)
-                if step >= 20:                             # by then each was asked once
-                    found.append(has_signal(a))
-        return np.mean(found)
-    gain = useful(True) / useful(False)
+    gain = useful_part(seed, tiers=True) / useful_part(seed, tiers=False)
     assert gain >= 1.5, gain
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # how many are asked, which are kept
 
 def test_the_expansion_ratio_is_bounded():
     assert [expansion_ratio(r, 20) for r in (0, 0.5, 0.75, 0.9)] == pytest.approx([1, 2, 4, 10])
     for cap in (1.0, 3.0, 8.0):
-        assert expansion_ratio(1, cap) == expansion_ratio(1.5, cap) == expansion_ratio(1 - 1e-17, cap) == expansion_ratio(0.99, cap) == cap
+        assert [expansion_ratio(r, cap) for r in (1, 1.5, 1 - 1e-17, 0.99)] == [cap] * 4
     assert expansion_ratio(1.0) == 8
 
 
 def test_the_number_asked_lags_a_step_and_is_known_before():
     c = Curriculum(IDS, 0)
     assert c.expanded(24) == c.expanded(24, 8) == 24
-    assert c.note_valid(6, 24) is False and c.ratio == pytest.approx(1.3)          # 0.9 * 1 + 0.1 * 4
+    assert c.note_valid(6, 24) is False and c.ratio == pytest.approx(1.3)      # 0.9 * 1 + 0.1 * 4
     assert [c.expanded(24, m) for m in (1, 2, 4, 5)] == [32, 32, 32, 35]
-    assert c.note_valid(0, 0) is False and c.ratio == pytest.approx(1.3)           # nothing could be read: nothing is known
+    assert c.note_valid(0, 0) is False and c.ratio == pytest.approx(1.3)       # no group: no news
     for _ in range(200):
         c.note_valid(24, 24)
-    assert c.expanded(24) == 24, "an average never quite returns to 1; one prompt too many was asked for ever"
+    assert c.expanded(24) == 24, "the average never quite returns to 1: one too many for ever"
 
 
 def test_a_cap_that_binds_is_reported():
-    """It bounds the ratio at the cap; at the cap exactly it changes nothing, so it does not bind."""
+    """Where the ratio is the cap exactly, the cap changes nothing: it does not bind."""
     c = Curriculum(IDS, 0)
     assert [c.note_valid(v, 64) for v in (0, 7, 8, 9, 64)] == [True, True, False, False, False]
     for _ in range(300):
@@ -297,10 +355,13 @@ def test_a_cap_that_binds_is_reported():
 
 @pytest.mark.parametrize("invalid", [0.5, 0.8])
 def test_the_target_is_kept_whatever_part_has_no_signal(invalid):
-    """64 wanted; plain sampling keeps 32 and 13 of them. Binomial noise alone costs about 3 of the 64."""
-    rng, c, kept, plain = random.Random(7), Curriculum(IDS, 0), [], []
-    for step in range(60):
-        groups = {i: [0.0, 1.0] if rng.random() >= invalid else [1.0, 1.0] for i in range(c.expanded(64, 2))}
+    """64 are wanted; plain sampling keeps 32 or 13. Binomial noise costs about 3 of the 64."""
+    rng, c = random.Random(7), Curriculum(IDS, 0)
+    kept, plain = [], []
+    for _ in range(60):
+        groups = {}
+        for slot in range(c.expanded(64, 2)):
+            groups[slot] = [0.0, 1.0] if rng.random() >= invalid else [1.0, 1.0]
         kept.append(len(balanced(groups, 64)))
         plain.append(len(balanced({i: groups[i] for i in range(64)}, 64)))
         assert not c.note_valid(sum(map(has_signal, groups.values())), len(groups))
@@ -310,12 +371,13 @@ def test_the_target_is_kept_whatever_part_has_no_signal(invalid):
 
 
 def test_the_kept_groups_are_those_nearest_to_a_half():
-    groups = {9: [1.0, 1, 1, 1], 7: [1.0, 0, 0, 0], 5: [1.0, 1, 0, 0], 4: [1.0, 1, 1, 0], 2: [0.5, 0.5, 0.5, 0.5], 1: [0.0] * 4,
-              0: [0.9, 0.1, 0.8, 0.0]}
+    groups = {9: [1.0, 1, 1, 1], 7: [1.0, 0, 0, 0], 5: [1.0, 1, 0, 0], 4: [1.0, 1, 1, 0],
+              2: [0.5, 0.5, 0.5, 0.5], 1: [0.0] * 4, 0: [0.9, 0.1, 0.8, 0.0]}
     assert balanced(groups, 1) == [5] and balanced(groups, 2) == [0, 5]
-    assert balanced(groups, 3) == [0, 4, 5], "of two as far, the one drawn first"
+    assert balanced(groups, 3) == [0, 4, 5], "of two as far, the one drawn first is kept"
     assert balanced(dict(sorted(groups.items())), 3) == [0, 4, 5]
-    assert balanced(groups, 4) == balanced(groups, 99) == [0, 4, 5, 7], "a shortage is all there is, never one without signal"
+    assert balanced(groups, 4) == [0, 4, 5, 7]
+    assert balanced(groups, 99) == [0, 4, 5, 7], "never one without signal, even if they are few"
     assert balanced(groups, 0) == balanced({}, 3) == balanced({1: [1.0, 1.0]}, 3) == []
 
 
@@ -323,5 +385,6 @@ def test_the_simulation_moves_mass_from_hard_to_easy():
     counts = [c.census()[0] for c, *_ in simulate(steps=120)]
     center = [np.average(range(5), weights=x) for x in counts]
     assert all(sum(x) == 400 for x in counts) and center[119] > center[60] > center[20]
-    kept, plain = ([k for _, _, _, k, _ in simulate(steps=60, rlcs=rlcs)][20:] for rlcs in (True, False))
+    kept = [kept for _, _, _, kept, _ in simulate(steps=60)][20:]
+    plain = [kept for _, _, _, kept, _ in simulate(steps=60, rlcs=False)][20:]
     assert np.mean(kept) > 0.9 * 32 > 1.5 * np.mean(plain)

@@ -122,7 +122,7 @@ def test_memory_is_what_a_step_takes(name, dtype, other, monkeypatch, tmp_path):
     trained = [p for p in work.model.parameters() if p.requires_grad]
     assert computed["gradients"] == nbytes(trained)
     prefix = [x for pair in layouts[-1].prefix.values() for x in pair]
-    completions = [x for pair in layouts[-1].own.values() for x in pair]
+    completions = [x for pair in layouts[-1].completions.values() for x in pair]
     assert computed["prefix_kv"] == nbytes(prefix)
     assert computed["completion_kv"] == nbytes(completions)
     always = computed["weights"] + computed["optimizer"] + computed["vision"]

@@ -1,59 +1,91 @@
 """python -m pytest tests/test_rewards.py -q
 
-What counts as an answer, what counts as right, and what was tried to be counted as right without being so.
+What counts as an answer, what counts as right, and which tricks do not count as right.
 """
+import doctest
 import random
 import string
 import time
 
 import pytest
 
-from rewards import VERIFIERS, Reward, VerifierError, edit_distance, extract_answer, fold, garbled, load_verifier, score, well_formed
+import rewards
+from rewards import (
+    VERIFIERS,
+    Reward,
+    VerifierError,
+    extract_answer,
+    fold,
+    garbled,
+    load_verifier,
+    score,
+    well_formed,
+)
+
+GOOD = "<think>t</think><answer>7</answer>"
 
 
-@pytest.mark.parametrize("text, found", [
+def test_the_examples_in_the_docstrings_are_right():
+    result = doctest.testmod(rewards)
+    assert result.attempted > 0 and result.failed == 0
+
+
+def answering(answer, thought="t"):
+    """A well-formed response."""
+    return f"<think>{thought}</think><answer>{answer}</answer>"
+
+
+@pytest.mark.parametrize("text, answer", [
     ("<think>t</think><answer>7</answer>", "7"),
     ("<answer>7</answer>", "7"),
-    ("<think>t</think> so <answer> a\n b </answer> then", "a\n b"),            # text around it, lines in it
+    ("<think>t</think> so <answer> a\n b </answer> then", "a\n b"),  # other text around it
     ("<think>t</think><answer></answer>", ""),
     ("<think>t</think>7", None),
     ("", None),
-    ("<think>t</think><answer>7", None),                                       # never closed
+    ("<think>t</think><answer>7", None),  # never closed
     ("<think>t</think>7</answer>", None),
     ("<think>t</think></answer>7<answer>", None),
-    ("<think>t</think><answer>7</answer><answer>8</answer>", None),            # two
+    ("<think>t</think><answer>7</answer><answer>8</answer>", None),  # two
     ("<think>t</think><answer>7</answer><answer>7</answer>", None),
     ("<think>t</think><answer>7</answer><answer>8", None),
-    ("<think>t</think><answer><answer>7</answer></answer>", None),             # one in the other
+    ("<think>t</think><answer><answer>7</answer></answer>", None),  # one in the other
     ("<think>t</think><answer>7<answer>8</answer>", None),
     ("<think>t</think><answer>7</answer></answer>", None),
     ("<think>t</think></answer><answer>7</answer>", None),
-    ("<think><answer>7</answer></think>", None),                               # in thought alone
-    ("<think>I think <answer>7</answer>", None),                               # in a thought that never ends
+    ("<think><answer>7</answer></think>", None),  # only thought
+    ("<think>I think <answer>7</answer>", None),  # still thinking
     ("<think><answer>7</answer></think><answer>8</answer>", "8"),
-    ("<think>t</think><answer>7</answer></think>", None),                      # thought after all
+    ("<think>t</think><answer>7</answer></think>", None),  # it was part of the thinking
     ("<think>t</think><answer>7</think></answer>", None),
     ("<think>t</think><Answer>7</Answer>", None),
     ("<think>t</think>< answer>7</ answer>", None),
-    ("<think>t</think><answer>It is \\boxed{7}.</answer>", "7"),               # a box in the answer is the answer
+    # A box in the answer is the answer.
+    ("<think>t</think><answer>It is \\boxed{7}.</answer>", "7"),
     ("<think>t</think><answer><|begin_of_box|> 7 <|end_of_box|></answer>", "7"),
-    ("<think>t</think>So \\boxed{7}", "7"), ("<think>t</think><|begin_of_box|>7<|end_of_box|>", "7"),      # or does without tags
-    ("<think>t</think>\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{1}{\\sqrt{2}}"), ("<think>t</think><answer>\\boxed{}</answer>", ""),
-    ("<think>\\boxed{6}, no: </think><answer>7</answer>", "7"),               # what was boxed in thought was thought
-    ("<think>t</think><answer>\\boxed{7} or \\boxed{8}</answer>", None), ("<think>t</think>\\boxed{7} \\boxed{7}", None),
+    ("<think>t</think>So \\boxed{7}", "7"),
+    ("<think>t</think><|begin_of_box|>7<|end_of_box|>", "7"),  # without tags
+    ("<think>t</think>\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{1}{\\sqrt{2}}"),
+    ("<think>t</think><answer>\\boxed{}</answer>", ""),
+    # A box in the thinking is not.
+    ("<think>\\boxed{6}, no: </think><answer>7</answer>", "7"),
+    ("<think>t</think><answer>\\boxed{7} or \\boxed{8}</answer>", None),
+    ("<think>t</think>\\boxed{7} \\boxed{7}", None),
     ("<think>t</think><answer>\\boxed{\\boxed{7}}</answer>", None),
-    ("<think>t</think><answer><|begin_of_box|>7<|begin_of_box|>8<|end_of_box|><|end_of_box|></answer>", None),
+    ("<think>t</think><answer><|begin_of_box|>7<|begin_of_box|>8<|end_of_box|><|end_of_box|></answer>",
+     None),
     ("<think>t</think><answer><|begin_of_box|>7<|end_of_box|> \\boxed{8}</answer>", None),
-    ("<think>t</think>\\boxed{8}<answer>7</answer>", None), ("<think>t</think><answer>7</answer>\\boxed{7}", None),
+    ("<think>t</think>\\boxed{8}<answer>7</answer>", None),
+    ("<think>t</think><answer>7</answer>\\boxed{7}", None),
     ("<think>t</think><answer>\\boxed{7</answer>}", None), ("<think>t</think>\\boxed{7", None),
     ("<think>t</think><|begin_of_box|>7", None), ("<think>t</think>7<|end_of_box|>", None),
-    ("<think>t</think><|end_of_box|>7<|begin_of_box|>", None), ("<think>t</think><answer>\\boxed{7}", None),
-    ("<think>\\boxed{7}</think>", None), ("<think>\\boxed{7}", None)])
-def test_the_answer_is_the_one_given_after_the_thinking(text, found):
-    assert extract_answer(text) == found
+    ("<think>t</think><|end_of_box|>7<|begin_of_box|>", None),
+    ("<think>t</think><answer>\\boxed{7}", None), ("<think>\\boxed{7}</think>", None),
+    ("<think>\\boxed{7}", None)])
+def test_the_answer_is_the_one_given_after_the_thinking(text, answer):
+    assert extract_answer(text) == answer
 
 
-@pytest.mark.parametrize("text, good", [
+@pytest.mark.parametrize("text, expected", [
     ("<think>t</think><answer>7</answer>", True),
     ("  <think>\nt\n</think>\n\n<answer>\n7\n</answer>\n", True),
     ("<think></think><answer></answer>", True),
@@ -62,115 +94,157 @@ def test_the_answer_is_the_one_given_after_the_thinking(text, found):
     ("<answer>7</answer>", False),
     ("<think>t</think>", False),
     ("<think>t</think>7", False),
-    ("<think>t</think>so<answer>7</answer>", False),                           # words between, before, after
+    ("<think>t</think>so<answer>7</answer>", False),  # text between, before and after
     ("so <think>t</think><answer>7</answer>", False),
     ("<think>t</think><answer>7</answer>.", False),
     ("t</think><answer>7</answer>", False),
     ("<think>t<answer>7</answer></think>", False),
     ("<answer>7</answer><think>t</think>", False),
-    ("<think>t</think><answer>7</answer><answer>8</answer>", False),           # each tag once
+    ("<think>t</think><answer>7</answer><answer>8</answer>", False),  # each tag once
     ("<think>t</think><think>t</think><answer>7</answer>", False),
     ("<think><think>t</think><answer>7</answer>", False),
     ("<think>t</think></think><answer>7</answer>", False),
     ("<think>t</think><answer><answer>7</answer>", False),
     ("<think>t</think><answer>7</think></answer>", False)])
-def test_the_form_is_one_thought_then_one_answer_and_nothing_else(text, good):
-    assert well_formed(text) is good
+def test_the_form_is_one_thought_then_one_answer_and_nothing_else(text, expected):
+    assert well_formed(text) is expected
 
 
 CASES = {
     "choice": [
-        ("B", "B", 1), ("b", "B", 1), ("(B)", "B", 1), ("(b)", "b", 1), ("B.", "B", 1), ("B)", "B", 1), ("B: left", "B", 1),
-        ("B. to the left", "B", 1), ("(B) to the left", "B", 1), ("B. A plane", "B", 1), ("B", "B. left", 1), ("B", " (B) ", 1),
-        ("B. in the U.S.", "B", 1),                                            # letters in an option's own words
-        ("A", "B", 0), ("A. B", "B", 0), ("", "B", 0), ("left", "B", 0), ("Because", "B", 0), ("8", "B", 0), ("B", "", 0),
-        ("B or C", "B", 0), ("B, C", "B", 0), ("BC", "B", 0), ("B/C", "B", 0), ("B and C", "C", 0), ("B\nC", "B", 0),
-        ("B. C", "B", 0), ("B) C)", "B", 0), ("(B) (C)", "B", 0), ("(B)(C)", "B", 0),
-        ("A. left B. right", "A", 0), ("A. left B. right C. top", "B", 0), ("A. left\nB. right", "A", 0),  # the list copied
-        ("(A)(B)(C)(D)", "A", 0), ("A.B.C.D", "A", 0), ("A:B:C", "A", 0), ("A.left B.right", "A", 0), ("A. left;B. right", "A", 0),
+        ("B", "B", 1), ("b", "B", 1), ("(B)", "B", 1), ("(b)", "b", 1), ("B.", "B", 1),
+        ("B)", "B", 1), ("B: left", "B", 1), ("B. to the left", "B", 1),
+        ("(B) to the left", "B", 1), ("B. A plane", "B", 1), ("B", "B. left", 1), ("B", " (B) ", 1),
+        ("B. in the U.S.", "B", 1),  # letters in the option's text
+        ("A", "B", 0), ("A. B", "B", 0), ("", "B", 0), ("left", "B", 0), ("Because", "B", 0),
+        ("8", "B", 0), ("B", "", 0), ("B or C", "B", 0), ("B, C", "B", 0), ("BC", "B", 0),
+        ("B/C", "B", 0), ("B and C", "C", 0), ("B\nC", "B", 0), ("B. C", "B", 0), ("B) C)", "B", 0),
+        ("(B) (C)", "B", 0), ("(B)(C)", "B", 0), ("A. left B. right", "A", 0),
+        ("A. left B. right C. top", "B", 0), ("A. left\nB. right", "A", 0),  # the options copied
+        ("(A)(B)(C)(D)", "A", 0), ("A.B.C.D", "A", 0), ("A:B:C", "A", 0),
+        ("A.left B.right", "A", 0), ("A. left;B. right", "A", 0),
         ("B. the U.S. flag", "B", 1), ("B. at 10 a.m. sharp", "B", 1), ("B.left", "B", 1),
         ("(A) left (B) right", "A", 0), ("A) left B) right", "A", 0), ("A: left B: right", "A", 0),
-        ("one of A, B, C or D", "A", 0), ("a letter between A and D", "A", 0), ("all of the above", "A", 0)],
+        ("one of A, B, C or D", "A", 0), ("a letter between A and D", "A", 0),
+        ("all of the above", "A", 0)],
     "count": [
-        ("7", "7", 1), ("07", "7", 1), ("7.0", "7", 1), ("7.", "7", 1), (" 7\n", "7", 1), ("+7", "7", 1), ("-3", "-3", 1),
-        ("-0", "0", 1), ("7", "7.0", 1), ("0", "0", 1), ("７", "7", 1),
-        ("8", "7", 0), ("77", "7", 0), ("7.5", "7", 0), ("-7", "7", 0), ("", "7", 0), ("", "0", 0), ("seven", "7", 0),
-        ("7 or 8", "7", 0), ("7 8", "7", 0), ("7, 8", "7", 0), ("7-8", "7", 0), ("7birds", "7", 0), ("7", "many", 0),
-        ("7e0", "7", 0), ("0x7", "7", 0), ("7.0.0", "7", 0), ("--7", "7", 0), ("6+1", "7", 0), (".", "0", 0), ("²", "2", 0),
-        ("a correct number between 0 and 10", "7", 0), ("between 0 and 10", "7", 0), ("0 1 2 3 4 5 6 7 8 9", "7", 0),
-        ("the number of birds", "7", 0), ("7 is the answer", "7", 0), ("9" * 5000, "7", 0), ("7." + "0" * 5000, "7", 1)],
+        ("7", "7", 1), ("07", "7", 1), ("7.0", "7", 1), ("7.", "7", 1), (" 7\n", "7", 1),
+        ("+7", "7", 1), ("-3", "-3", 1), ("-0", "0", 1), ("7", "7.0", 1), ("0", "0", 1),
+        ("７", "7", 1),
+        ("8", "7", 0), ("77", "7", 0), ("7.5", "7", 0), ("-7", "7", 0), ("", "7", 0), ("", "0", 0),
+        ("seven", "7", 0), ("7 or 8", "7", 0), ("7 8", "7", 0), ("7, 8", "7", 0), ("7-8", "7", 0),
+        ("7birds", "7", 0), ("7", "many", 0), ("7e0", "7", 0), ("0x7", "7", 0), ("7.0.0", "7", 0),
+        ("--7", "7", 0), ("6+1", "7", 0), (".", "0", 0), ("²", "2", 0),
+        ("a correct number between 0 and 10", "7", 0), ("between 0 and 10", "7", 0),
+        ("0 1 2 3 4 5 6 7 8 9", "7", 0), ("the number of birds", "7", 0),
+        ("7 is the answer", "7", 0), ("9" * 5000, "7", 0), ("7." + "0" * 5000, "7", 1)],
     "open": [
-        ("red ball", "red ball", 1), ("Red  BALL.", "red ball", 1), ("red-ball", "red ball", 1), ("\tred\nball", "red ball", 1),
-        ("“red ball”", "red ball", 1), ("ﬁsh", "fish", 1), ("STRASSE", "straße", 1), ("e\u0301cole", "\u00e9cole", 1), ("7", "7", 1),
+        ("red ball", "red ball", 1), ("Red  BALL.", "red ball", 1), ("red-ball", "red ball", 1),
+        ("\tred\nball", "red ball", 1), ("“red ball”", "red ball", 1), ("ﬁsh", "fish", 1),
+        ("STRASSE", "straße", 1), ("e\u0301cole", "\u00e9cole", 1), ("7", "7", 1),
         ("红色", "红色。", 1),
-        ("ball", "red ball", 0), ("red ball", "ball", 0), ("redball", "red ball", 0), ("ball red", "red ball", 0), ("", "red", 0),
-        ("red", "", 0), ("", "", 0), ("...", "!", 0), ("", "?", 0), ("rouge", "red", 0), ("é", "e", 0),
-        ("दिन", "दान", 0), ("กิน", "กัน", 0),                                    # vowels that are written as marks are letters
-        ("red or blue", "red", 0), ("red, blue", "red", 0), ("red red", "red", 0), ("one of red, blue and green", "red", 0),
-        ("a velocity very close to the speed of light", "0.999 c", 0), ("the right answer", "red", 0)],
+        ("ball", "red ball", 0), ("red ball", "ball", 0), ("redball", "red ball", 0),
+        ("ball red", "red ball", 0), ("", "red", 0), ("red", "", 0), ("", "", 0), ("...", "!", 0),
+        ("", "?", 0), ("rouge", "red", 0), ("é", "e", 0), ("दिन", "दान", 0),
+        ("กิน", "กัน", 0),  # vowels written as marks are letters
+        ("red or blue", "red", 0), ("red, blue", "red", 0), ("red red", "red", 0),
+        ("one of red, blue and green", "red", 0),
+        ("a velocity very close to the speed of light", "0.999 c", 0),
+        ("the right answer", "red", 0)],
     "math": [
-        ("42", "42.0", 1), ("42", " 42 ", 1), ("+42", "42", 1), ("-3", "\u22123", 1), ("1/2", "0.5", 1), ("\\frac{1}{2}", "1/2", 1), (".5", "1/2", 1),
-        ("-\\dfrac{3}{4}", "-0.75", 1), ("\\frac{-3}{4}", "-0.75", 1), ("50%", "0.5", 1), ("50\\%", "1/2", 1), ("50 percent", "50%", 1),
-        ("1e3", "1000", 1), ("1.5 \\times 10^{3}", "1500", 1), ("1.5 x 10^-3", "0.0015", 1), ("10^3", "1000", 1), ("2*10**3", "2000", 1),
-        ("1,234,567", "1234567", 1), ("1{,}234", "1234", 1), ("$1,200.50", "1200.5", 1), ("$7$", "7", 1), ("3 million", "3000000", 1),
-        ("5 km", "5", 1), ("5", "5 km", 1), ("5 km", "5 km", 1), ("9.8 m/s^2", "9.8 m/s^2", 1), ("9.8\\,\\text{m/s}^2", "9.8", 1),
-        ("7 birds", "7 Bird", 1),
-        ("60 km/h", "60", 1), ("90^\\circ", "90°", 1), ("90 degrees", "90°", 1), ("x = 7", "7", 1), ("7.", "7", 1), ("0", "0.0", 1), ("-0", "0", 1),
-        ("1000000.5", "1000000", 1), ("0.3333333", "1/3", 1), ("x + 1", "x+1", 1), ("2x", "2x", 1), ("\\sqrt{2}", "\\sqrt{2}", 1),
-        ("1000002", "1000000", 0), ("0.333", "1/3", 0), ("1e-9", "0", 0), ("1e-9", "2e-9", 0), ("1", "1.5", 0), ("-7", "7", 0), ("50%", "50", 0),
-        ("5 km", "5 m", 0), ("5 MW", "5 mW", 0), ("3 million", "3", 0), ("2x", "2", 0), ("2π", "2", 0), ("2i", "2", 0), ("2\\sqrt{3}", "2", 0),
-        ("x-1", "x+1", 0),
-        ("3 or 4", "3", 0), ("3 or", "3", 0), ("3, 4", "3", 0), ("3,4", "34", 0), ("12,34", "1234", 0), ("1,2345", "12345", 0), ("3-4", "3", 0),
-        ("3 to 4", "3", 0), ("3 4", "3", 0), ("3/4/5", "0.75", 0), ("1/0", "1", 0), ("1/0", "1/0", 1), ("1e999", "1", 0), ("--7", "7", 0),
-        ("nan", "7", 0),
-        ("inf", "7", 0), ("between 0 and 10", "7", 0), ("about 7", "7", 0), ("10²", "102", 0), ("", "", 0), ("", "0", 0), ("7 or more", "7", 0),
-        ("a velocity very close to the speed of light", "0.999 c", 0), ("1" * 20000, "1", 0), ("7" + " " * 20000, "7", 1)],
+        ("42", "42.0", 1), ("42", " 42 ", 1), ("+42", "42", 1), ("-3", "\u22123", 1),
+        ("1/2", "0.5", 1), ("\\frac{1}{2}", "1/2", 1), (".5", "1/2", 1),
+        ("-\\dfrac{3}{4}", "-0.75", 1), ("\\frac{-3}{4}", "-0.75", 1), ("50%", "0.5", 1),
+        ("50\\%", "1/2", 1), ("50 percent", "50%", 1), ("1e3", "1000", 1),
+        ("1.5 \\times 10^{3}", "1500", 1), ("1.5 x 10^-3", "0.0015", 1), ("10^3", "1000", 1),
+        ("2*10**3", "2000", 1), ("1,234,567", "1234567", 1), ("1{,}234", "1234", 1),
+        ("$1,200.50", "1200.5", 1), ("$7$", "7", 1), ("3 million", "3000000", 1), ("5 km", "5", 1),
+        ("5", "5 km", 1), ("5 km", "5 km", 1), ("9.8 m/s^2", "9.8 m/s^2", 1),
+        ("9.8\\,\\text{m/s}^2", "9.8", 1), ("7 birds", "7 Bird", 1),
+        ("60 km/h", "60", 1), ("90^\\circ", "90°", 1), ("90 degrees", "90°", 1), ("x = 7", "7", 1),
+        ("7.", "7", 1), ("0", "0.0", 1), ("-0", "0", 1), ("1000000.5", "1000000", 1),
+        ("0.3333333", "1/3", 1), ("x + 1", "x+1", 1), ("2x", "2x", 1),
+        ("\\sqrt{2}", "\\sqrt{2}", 1),
+        ("1000002", "1000000", 0), ("0.333", "1/3", 0), ("1e-9", "0", 0), ("1e-9", "2e-9", 0),
+        ("1", "1.5", 0), ("-7", "7", 0), ("50%", "50", 0), ("5 km", "5 m", 0), ("5 MW", "5 mW", 0),
+        ("3 million", "3", 0), ("2x", "2", 0), ("2π", "2", 0), ("2i", "2", 0),
+        ("2\\sqrt{3}", "2", 0), ("x-1", "x+1", 0),
+        ("3 or 4", "3", 0), ("3 or", "3", 0), ("3, 4", "3", 0), ("3,4", "34", 0),
+        ("12,34", "1234", 0), ("1,2345", "12345", 0), ("3-4", "3", 0), ("3 to 4", "3", 0),
+        ("3 4", "3", 0), ("3/4/5", "0.75", 0), ("1/0", "1", 0), ("1/0", "1/0", 1),
+        ("1e999", "1", 0), ("--7", "7", 0), ("nan", "7", 0),
+        ("inf", "7", 0), ("between 0 and 10", "7", 0), ("about 7", "7", 0), ("10²", "102", 0),
+        ("", "", 0), ("", "0", 0), ("7 or more", "7", 0),
+        ("a velocity very close to the speed of light", "0.999 c", 0), ("1" * 20000, "1", 0),
+        ("7" + " " * 20000, "7", 1)],
     "chart": [
-        ("100", "100", 1), ("101", "100", 1), ("102.5", "100", 1), ("97.5", "100", 1), ("41", "40", 1), ("-101", "-100", 1), ("1,010", "1000", 1),
-        ("1e3", "1,010", 1), ("2010", "2010", 1), ("2010.0", "2010", 1), ("1,950", "1,949", 1), ("1500", "1510", 1), ("3000", "3010", 1),
-        ("2011.0", "2010.5", 1),
-        ("25%", "0.25", 1), ("25%", "25", 1), ("25", "25%", 1), ("25%", "25.2%", 1), ("Germany", "germany", 1), ("Red-line.", "red line", 1),
-        ("103", "100", 0), ("97", "100", 0), ("2011", "2010", 0), ("1899", "1900", 0), ("1901", "1900", 0), ("2099", "2100", 0),
-        ("2010.4", "2010", 0),
-        ("-100", "100", 0), ("25%", "2500", 0), ("0.1", "0", 0), ("100 or 101", "100", 0), ("95-105", "100", 0), ("between 0 and 200", "100", 0),
-        ("France", "Germany", 0), ("Germany or France", "Germany", 0), ("2009, 2010", "2010", 0), ("", "2010", 0), ("", "", 0)],
+        ("100", "100", 1), ("101", "100", 1), ("102.5", "100", 1), ("97.5", "100", 1),
+        ("41", "40", 1), ("-101", "-100", 1), ("1,010", "1000", 1), ("1e3", "1,010", 1),
+        ("2010", "2010", 1), ("2010.0", "2010", 1), ("1,950", "1,949", 1), ("1500", "1510", 1),
+        ("3000", "3010", 1), ("2011.0", "2010.5", 1),
+        ("25%", "0.25", 1), ("25%", "25", 1), ("25", "25%", 1), ("25%", "25.2%", 1),
+        ("Germany", "germany", 1), ("Red-line.", "red line", 1),
+        ("103", "100", 0), ("97", "100", 0), ("2011", "2010", 0), ("1899", "1900", 0),
+        ("1901", "1900", 0), ("2099", "2100", 0), ("2010.4", "2010", 0),
+        ("-100", "100", 0), ("25%", "2500", 0), ("0.1", "0", 0), ("100 or 101", "100", 0),
+        ("95-105", "100", 0), ("between 0 and 200", "100", 0), ("France", "Germany", 0),
+        ("Germany or France", "Germany", 0), ("2009, 2010", "2010", 0), ("", "2010", 0), ("", "", 0)
+    ],
     "ocr": [
-        ("STOP", "STOP", 1), (" two \n lines", "two lines", 1), ("e\u0301", "\u00e9", 1), ("出口", "出口", 1), ("43", "43.0", 0.5),
-        ("x+1", "x+2", 1 - 1 / 3),
-        ("STOP", "stop", 0), ("STOP", "SHOP", 0.75), ("STO", "STOP", 0.75), ("STOPS", "STOP", 1 - 1 / 5), ("kitten", "sitting", 1 - 3 / 7),
-        ("hello world", "helloworld", 1 - 1 / 11), ("ab", "ba", 0), ("", "STOP", 0), ("", "", 0), ("STOP", "", 0), ("x" * 20000, "x" * 20000, 1),
+        ("STOP", "STOP", 1), (" two \n lines", "two lines", 1), ("e\u0301", "\u00e9", 1),
+        ("出口", "出口", 1), ("43", "43.0", 0.5), ("x+1", "x+2", 1 - 1 / 3),
+        ("STOP", "stop", 0), ("STOP", "SHOP", 0.75), ("STO", "STOP", 0.75),
+        ("STOPS", "STOP", 1 - 1 / 5), ("kitten", "sitting", 1 - 3 / 7),
+        ("hello world", "helloworld", 1 - 1 / 11), ("ab", "ba", 0), ("", "STOP", 0), ("", "", 0),
+        ("STOP", "", 0), ("x" * 20000, "x" * 20000, 1),
         ("x" * 20000, "x" * 20001, 0), ("x" * 9999, "x" * 10000, 0.9999)],
     "grounding": [
-        ("[0, 0, 10, 10]", "[0,0,10,10]", 1), ("[[0,0,10,10]]", "[0,0,10,10]", 1), ("[0.0,0,10,6]", "[0,0,10,10]", 1),
-        ("[-5,-5,5,5]", "[-5,-5,5,5]", 1),
-        ("[20,20,30,30] [0,0,10,10]", "[[0,0,10,10],[20,20,30,30]]", 1), ("[0,0,10,10]\n[20,20,30,30]", "[0,0,10,10]; [20,20,30,30]", 1),
-        ("[0,0,10,10]", "[0,0,10,10],[20,20,30,30]", 0.5), ("[0,0,10,10],[20,20,30,30]", "[0,0,10,10]", 0.5),           # too few, too many
-        ("[0,0,10,10],[0,0,10,10]", "[0,0,10,10]", 0.5), ("[0,0,10,10],[0,0,10,10]", "[0,0,10,10],[0,0,10,10]", 1),       # one-to-one
-        ("[0,0,10,10]," * 9 + "[0,0,10,10]", "[0,0,10,10]", 0.1), ("[0,0,1,1]," * 101 + "[0,0,1,1]", "[0,0,1,1]", 0),
-        ("[0,0,100,100],[0,0,100,60]", "[0,0,100,95],[0,0,100,160]", 1),      # the best pair first would leave the second without
-        ("[0,0,10,5]", "[0,0,10,10]", 0), ("[0,0,10,4]", "[0,0,10,10]", 0), ("[20,20,30,30]", "[0,0,10,10]", 0),          # 0.5 is not above 0.5
-        ("[10,10,0,0]", "[10,10,0,0]", 0), ("[10,10,0,0]", "[0,0,10,10]", 0), ("[5,5,5,5]", "[5,5,5,5]", 0),             # inverted, empty
-        ("[0,0,10,10],[10,10,0,0]", "[0,0,10,10]", 0.5), ("[0,0,10,10] or [20,20,30,30]", "[0,0,10,10]", 0), ("", "", 0), ("[]", "[]", 0),
-        ("[0,0,10]", "[0,0,10,10]", 0), ("[0,0,10,10,10]", "[0,0,10,10]", 0), ("0,0,10,10", "[0,0,10,10]", 0), ("[0,0,nan,10]", "[0,0,10,10]", 0),
-        ("left of the ball [0,0,10,10]", "[0,0,10,10]", 0), ("[0,0,1e9999,10]", "[0,0,10,10]", 0), ("between 0 and 10", "[0,0,10,10]", 0)],
+        ("[0, 0, 10, 10]", "[0,0,10,10]", 1), ("[[0,0,10,10]]", "[0,0,10,10]", 1),
+        ("[0.0,0,10,6]", "[0,0,10,10]", 1), ("[-5,-5,5,5]", "[-5,-5,5,5]", 1),
+        ("[20,20,30,30] [0,0,10,10]", "[[0,0,10,10],[20,20,30,30]]", 1),
+        ("[0,0,10,10]\n[20,20,30,30]", "[0,0,10,10]; [20,20,30,30]", 1),
+        ("[0,0,10,10]", "[0,0,10,10],[20,20,30,30]", 0.5),
+        ("[0,0,10,10],[20,20,30,30]", "[0,0,10,10]", 0.5),  # too few, too many
+        ("[0,0,10,10],[0,0,10,10]", "[0,0,10,10]", 0.5),
+        ("[0,0,10,10],[0,0,10,10]", "[0,0,10,10],[0,0,10,10]", 1),  # one-to-one
+        ("[0,0,10,10]," * 9 + "[0,0,10,10]", "[0,0,10,10]", 0.1),
+        ("[0,0,1,1]," * 101 + "[0,0,1,1]", "[0,0,1,1]", 0),
+        # To take the best pair first would leave the second box without one.
+        ("[0,0,100,100],[0,0,100,60]", "[0,0,100,95],[0,0,100,160]", 1),
+        ("[0,0,10,5]", "[0,0,10,10]", 0), ("[0,0,10,4]", "[0,0,10,10]", 0),
+        ("[20,20,30,30]", "[0,0,10,10]", 0),  # 0.5 is not above 0.5
+        ("[10,10,0,0]", "[10,10,0,0]", 0), ("[10,10,0,0]", "[0,0,10,10]", 0),
+        ("[5,5,5,5]", "[5,5,5,5]", 0),  # inverted, empty
+        ("[0,0,10,10],[10,10,0,0]", "[0,0,10,10]", 0.5),
+        ("[0,0,10,10] or [20,20,30,30]", "[0,0,10,10]", 0), ("", "", 0), ("[]", "[]", 0),
+        ("[0,0,10]", "[0,0,10,10]", 0), ("[0,0,10,10,10]", "[0,0,10,10]", 0),
+        ("0,0,10,10", "[0,0,10,10]", 0), ("[0,0,nan,10]", "[0,0,10,10]", 0),
+        ("left of the ball [0,0,10,10]", "[0,0,10,10]", 0), ("[0,0,1e9999,10]", "[0,0,10,10]", 0),
+        ("between 0 and 10", "[0,0,10,10]", 0)],
     "time": [
-        ("12.5-17", "12.5-17", 1), ("from 12.5 to 17", "12.5-17", 1), ("From 12.5s to 17 seconds.", "12.5 - 17", 1), ("12.5 – 17 s", "12.5-17", 1),
-        ("0:12-0:17", "12-17", 1), ("00:00:12 to 00:00:17", "12-17", 1), ("1:02:03-1:02:10", "3723-3730", 1), ("0:12.5 until 0:17.0", "12.5-17", 1),
-        ("75:30-76:00", "4530-4560", 1), ("10-15", "10-20", 0.5), ("10-30", "10-20", 0.5), ("15-25", "10-20", 1 / 3), ("0-100", "10-20", 0.1),
-        ("20-30", "10-20", 0), ("20-10", "10-20", 0), ("20-10", "20-10", 0), ("12-12", "12-12", 0), ("12", "10-20", 0), ("", "10-20", 0), ("", "", 0),
-        ("10-20 or 30-40", "10-20", 0), ("10-20, 30-40", "10-20", 0), ("10-20-30", "10-20", 0), ("10-20" + " " * 20000 + "or 30-40", "10-20", 0),
-        ("between 0 and 10", "0-10", 0), ("0:75-0:80", "75-80", 0),
-        ("about 10-20", "10-20", 0), ("nan-20", "10-20", 0), ("the whole video", "10-20", 0), ("9" * 400 + "-" + "9" * 401, "10-20", 0)]}
+        ("12.5-17", "12.5-17", 1), ("from 12.5 to 17", "12.5-17", 1),
+        ("From 12.5s to 17 seconds.", "12.5 - 17", 1), ("12.5 – 17 s", "12.5-17", 1),
+        ("0:12-0:17", "12-17", 1), ("00:00:12 to 00:00:17", "12-17", 1),
+        ("1:02:03-1:02:10", "3723-3730", 1), ("0:12.5 until 0:17.0", "12.5-17", 1),
+        ("75:30-76:00", "4530-4560", 1), ("10-15", "10-20", 0.5), ("10-30", "10-20", 0.5),
+        ("15-25", "10-20", 1 / 3), ("0-100", "10-20", 0.1),
+        ("20-30", "10-20", 0), ("20-10", "10-20", 0), ("20-10", "20-10", 0), ("12-12", "12-12", 0),
+        ("12", "10-20", 0), ("", "10-20", 0), ("", "", 0), ("10-20 or 30-40", "10-20", 0),
+        ("10-20, 30-40", "10-20", 0), ("10-20-30", "10-20", 0),
+        ("10-20" + " " * 20000 + "or 30-40", "10-20", 0), ("between 0 and 10", "0-10", 0),
+        ("0:75-0:80", "75-80", 0), ("about 10-20", "10-20", 0), ("nan-20", "10-20", 0),
+        ("the whole video", "10-20", 0), ("9" * 400 + "-" + "9" * 401, "10-20", 0)]}
 
 
-@pytest.mark.parametrize("domain, predicted, answer, right", [(d, *case) for d, cases in CASES.items() for case in cases],
-                         ids=lambda x: x[:30] if isinstance(x, str) else str(x))
-def test_what_is_right(domain, predicted, answer, right):
-    """Of the verifier alone, and inside a response, whose reward is 0.9 for this and 0.1 for its form."""
-    found = VERIFIERS[domain](predicted, answer)
-    assert type(found) is float and found == right
+@pytest.mark.parametrize("domain, predicted, answer, expected", [
+    (domain, *case) for domain, cases in CASES.items() for case in cases],
+    ids=lambda x: x[:30] if isinstance(x, str) else str(x))
+def test_what_is_right(domain, predicted, answer, expected):
+    """By the verifier alone, and inside a response, whose accuracy it is."""
+    value = VERIFIERS[domain](predicted, answer)
+    assert type(value) is float and value == expected
     if "<" not in predicted:
-        assert score(f"<think>t</think><answer>{predicted}</answer>", answer, domain).accuracy == right
+        assert score(answering(predicted), answer, domain).accuracy == expected
 
 
 def test_every_verifier_is_in_the_table():
@@ -179,38 +253,49 @@ def test_every_verifier_is_in_the_table():
 
 @pytest.mark.parametrize("text, weight, expected", [
     ("<think>t</think><answer>7</answer>", 0.1, (1.0, 1.0, 1.0)),
-    ("<think>t</think><answer>8</answer>", 0.1, (0.1, 0.0, 1.0)),              # wrong, in good form
-    ("<answer>7</answer>", 0.1, (0.9, 1.0, 0.0)),                              # right, in bad form
+    ("<think>t</think><answer>8</answer>", 0.1, (0.1, 0.0, 1.0)),  # wrong, in good form
+    ("<answer>7</answer>", 0.1, (0.9, 1.0, 0.0)),  # right, in bad form
     ("7", 0.1, (0.0, 0.0, 0.0)), ("", 0.1, (0.0, 0.0, 0.0)),
-    ("<think>t</think><answer>8</answer>", 0.0, (0.0, 0.0, 1.0)),              # 0: form is no part of the total, but told
+    # 0: form is no part of the total, but told
+    ("<think>t</think><answer>8</answer>", 0.0, (0.0, 0.0, 1.0)),
     ("<answer>7</answer>", 0.0, (1.0, 1.0, 0.0)),
-    ("<answer>7</answer>", 0.25, (0.75, 1.0, 0.0)), ("<think>t</think><answer>8</answer>", 0.25, (0.25, 0.0, 1.0))])
+    ("<answer>7</answer>", 0.25, (0.75, 1.0, 0.0)),
+    ("<think>t</think><answer>8</answer>", 0.25, (0.25, 0.0, 1.0))])
 def test_the_total_weighs_accuracy_and_form(text, weight, expected):
     got = score(text, "7", "count", weight)
-    assert isinstance(got, Reward) and (got.total, got.accuracy, got.format) == pytest.approx(expected)
+    assert isinstance(got, Reward)
+    assert (got.total, got.accuracy, got.format) == pytest.approx(expected)
     if weight == 0.1:
-        assert score(text, "7", "count") == got, "a tenth is the default"
+        assert score(text, "7", "count") == got, "0.1 is the default"
 
 
 def test_an_answer_that_was_forced_is_graded_like_any_other():
-    """What a thinker out of time has written, with the piece that was written for it."""
-    assert score("<think>one, two, thr</think><answer>7</answer>", "7", "count") == score(
-        "<think>seven</think><answer>7</answer>", "7", "count")
+    """A response out of thinking budget, with the forced </think><answer> in it."""
+    forced = score("<think>one, two, thr</think><answer>7</answer>", "7", "count")
+    assert forced == score("<think>seven</think><answer>7</answer>", "7", "count")
 
 
 def test_a_domain_without_a_verifier_raises_and_is_named():
     with pytest.raises(ValueError, match="'geometry'.*choice, count, open"):
-        score("<think>t</think><answer>7</answer>", "7", "geometry")
+        score(GOOD, "7", "geometry")
     with pytest.raises(ValueError):
         score("no answer at all", "7", "")
 
 
+# --------------------------------------------------------------------------------------------------
+# any text at all
+
 def junk(seed=0, n=1500):
-    """Strings that a model might write: pieces of answers, tags, other scripts, control characters, halves of surrogates."""
+    """Texts that a model might write: pieces of answers, tags, other scripts, control characters,
+    halves of surrogates."""
     r = random.Random(seed)
-    pieces = ["<think>", "</think>", "<answer>", "</answer>", "A", "B.", "(C)", "7", "7.0", "-", ".", " ", "\n", "\x00", "\ud800",
-              "\u0300", "½", "²", "٧", "𝟕", "é", "雪", "नमस्ते", "🙂", "\\", "(", ")", "[", "*", "+", "?", "{1}", "nan", "inf", "1e9", "0x7", "None"]
-    yield from ["", " ", "\x00", "(", "\ufffd" * 50, "7" * 4300, "9" * 4301, "-" + "1" * 20000, "A" * 20000, " " * 20000, "\n" * 20000]
+    pieces = [
+        "<think>", "</think>", "<answer>", "</answer>", "A", "B.", "(C)", "7", "7.0", "-", ".", " ",
+        "\n", "\x00", "\ud800", "\u0300", "½", "²", "٧", "𝟕", "é", "雪", "नमस्ते", "🙂", "\\", "(",
+        ")", "[", "*", "+", "?", "{1}", "nan", "inf", "1e9", "0x7", "None"]
+    yield from [
+        "", " ", "\x00", "(", "\ufffd" * 50, "7" * 4300, "9" * 4301, "-" + "1" * 20000, "A" * 20000,
+        " " * 20000, "\n" * 20000]
     for _ in range(n):
         yield "".join(r.choice(pieces) for _ in range(r.randrange(1, 12)))
     for _ in range(n):
@@ -220,16 +305,17 @@ def junk(seed=0, n=1500):
 
 
 @pytest.mark.parametrize("domain", VERIFIERS)
-def test_no_string_makes_a_verifier_raise_or_leave_its_range(domain):
-    """A verifier that raises ends the step, or drops the sample: int() of more than 4300 digits did."""
-    failed = []
+def test_no_text_makes_a_verifier_raise_or_leave_its_range(domain):
+    """A verifier that raises drops the sample. int() of more than 4300 digits raised."""
+    verify, failed = VERIFIERS[domain], []
     for text in junk():
         for answer in ("B", "7", "red ball", ""):
-            for call in (lambda: VERIFIERS[domain](text, answer), lambda: VERIFIERS[domain](answer, text),
-                         lambda: score(text, answer, domain).total,
-                         lambda: score(f"<think></think><answer>{text}</answer>", answer, domain).total):
+            calls = [(verify, text, answer), (verify, answer, text), (score, text, answer, domain),
+                     (score, f"<think></think><answer>{text}</answer>", answer, domain)]
+            for function, *arguments in calls:
                 try:
-                    value = call()
+                    value = function(*arguments)
+                    value = value.total if isinstance(value, Reward) else value
                     if not (type(value) is float and 0 <= value <= 1):
                         failed.append((text[:40], len(text), answer, value))
                 except Exception as e:
@@ -244,13 +330,15 @@ def test_an_empty_prediction_is_never_right(domain):
             assert VERIFIERS[domain](empty, answer) == 0, (empty, answer)
 
 
-def test_what_is_right_is_right_of_itself():
-    """Each verifier grants its own answers, so that no sample is impossible."""
-    for domain, answers in (("choice", "ABCDEFGH"), ("count", map(str, range(-5, 200))), ("open", ("red ball", "Él", "दिन", "3.5 m")),
-                            ("math", ("1/3", "5 km", "1e-30", "2\\pi", "0")), ("chart", ("1987", "25%", "Peru", "0")), ("ocr", ("EXIT 7", "a")),
-                            ("grounding", ("[1,2,3,4]", "[1,2,3,4], [1,2,3,5.5]")), ("time", ("1-2.5", "0:59-1:01"))):
-        for answer in answers:
-            assert score(f"<think>t</think><answer>{answer}</answer>", answer, domain).total == pytest.approx(1.0)
+@pytest.mark.parametrize("domain, answers", [
+    ("choice", "ABCDEFGH"), ("count", [str(n) for n in range(-5, 200)]),
+    ("open", ("red ball", "Él", "दिन", "3.5 m")), ("math", ("1/3", "5 km", "1e-30", "2\\pi", "0")),
+    ("chart", ("1987", "25%", "Peru", "0")), ("ocr", ("EXIT 7", "a")),
+    ("grounding", ("[1,2,3,4]", "[1,2,3,4], [1,2,3,5.5]")), ("time", ("1-2.5", "0:59-1:01"))])
+def test_every_gold_answer_is_right_of_itself(domain, answers):
+    """Otherwise a sample would be impossible."""
+    for answer in answers:
+        assert score(answering(answer), answer, domain).total == pytest.approx(1.0)
 
 
 def test_folding_what_is_folded_changes_nothing():
@@ -258,73 +346,102 @@ def test_folding_what_is_folded_changes_nothing():
         assert fold(fold(text)) == fold(text)
 
 
-@pytest.mark.parametrize("loop", ["<answer>", "</think><answer></answer>", "<think>", "</answer>", " ", "</think> "])
+@pytest.mark.parametrize("loop", [
+    "<answer>", "</think><answer></answer>", "<think>", "</answer>", " ", "</think> "])
 def test_a_model_that_repeats_itself_is_graded_quickly(loop):
-    """Models do loop. Tags are counted before patterns are tried, which would try each opening with each closing."""
+    """Models do loop. Tags are counted before patterns are searched for: a search would try each
+    opening tag with each closing one."""
     text = "<think>" + loop * (60000 // len(loop))
     start = time.process_time()
     assert score(text, "7", "count").total == 0
     assert time.process_time() - start < 0.3
 
 
-@pytest.mark.parametrize("text, domain", [(text, d) for d in VERIFIERS if d != "ocr" for text in (
-    "between 0 and 10", "a correct number between 0 and 10", "3 or 4", "3, 4", "3 4", "A. 3 B. 4 C. 5 D. 6", "one of 3, 4, 5", "3 (or 4)",
-    "3\n4", "[3,3,4,4] or [4,4,5,5]", "3-4 or 4-5", "any", "the right answer", "3" + "\x00" + "4")])
+HEDGES = ["between 0 and 10", "a correct number between 0 and 10", "3 or 4", "3, 4", "3 4",
+          "A. 3 B. 4 C. 5 D. 6", "one of 3, 4, 5", "3 (or 4)", "3\n4", "[3,3,4,4] or [4,4,5,5]",
+          "3-4 or 4-5", "any", "the right answer", "3" + "\x00" + "4"]
+
+
+@pytest.mark.parametrize("text", HEDGES)
+@pytest.mark.parametrize("domain", [domain for domain in VERIFIERS if domain != "ocr"])
 def test_hedging_is_wrong_in_every_domain(text, domain):
-    """But ocr, which is a distance: there it costs what it adds."""
+    """Except in ocr, whose distance makes each addition cost."""
     for answer in ("3", "4", "7", "A", "[3,3,4,4]", "3-4.5", "0-10"):
         assert VERIFIERS[domain](text, answer) == 0
 
 
-def test_edit_distance_is_that_of_the_usual_table():
-    def table(a, b):
-        row = list(range(len(b) + 1))
-        for i, x in enumerate(a, 1):
-            last, row[0] = row[0], i
-            for j, y in enumerate(b, 1):
-                last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-        return row[-1]
+def edit_distance_by_table(a, b):
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+def test_ocr_pays_by_the_edit_distance_of_the_usual_table():
     r = random.Random(0)
     for _ in range(1500):
-        a, b = ("".join(r.choice("abcé") for _ in range(r.randrange(0, 75))) for _ in "ab")
-        assert edit_distance(a, b) == edit_distance(b, a) == table(a, b)
+        a, b = ("".join(r.choice("abcé") for _ in range(r.randrange(1, 75))) for _ in "ab")
+        right = 1 - edit_distance_by_table(a, b) / max(len(a), len(b))
+        assert VERIFIERS["ocr"](a, b) == VERIFIERS["ocr"](b, a) == right
 
 
-LOOPS = ["the ball is red. " * 40, "I see it.\n" * 60, "a" * 400, "wait, " * 200 + "wa", "x" * 50 + "so the answer is seven, " * 20 + "\n\n",
-         "".join(f"line {i} of a long paragraph that says this and that; " for i in range(15)) * 9]
-PROSE = ["The ball moves left. Then it stops. " + " ".join(f"At 0:{i:02d} I see nothing." for i in range(60)), "no, no, no, no!", "-" * 80 + "\n", "",
-         "nothing. " * 10 + "A red ball.", "the ball is red. " * 40 + "But at the end a blue one comes in from the left, so it is the blue one.",
-         "\n".join(f"{i} | {i * i} | {i * i * i}" for i in range(100)), "ha " * 20, "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"]
-LATIN, CHINESE = "first the red ball moves to the left and then it stops " * 8, "".join(f"先看到第{c}个红球然后它向左移动。" for c in "一二三四五六七八")
+# --------------------------------------------------------------------------------------------------
+# garbled text
+
+LOOPS = [
+    "the ball is red. " * 40, "I see it.\n" * 60, "a" * 400, "wait, " * 200 + "wa",
+    "x" * 50 + "so the answer is seven, " * 20 + "\n\n",
+    "".join(f"line {i} of a long paragraph that says this and that; " for i in range(15)) * 9]
+PROSE = [
+    "The ball moves left. Then it stops. "
+    + " ".join(f"At 0:{i:02d} I see nothing." for i in range(60)),
+    "no, no, no, no!", "-" * 80 + "\n", "", "nothing. " * 10 + "A red ball.",
+    "the ball is red. " * 40
+    + "But at the end a blue one comes in from the left, so it is the blue one.",
+    "\n".join(f"{i} | {i * i} | {i * i * i}" for i in range(100)), "ha " * 20,
+    "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"]
+LATIN = "first the red ball moves to the left and then it stops " * 8
+CHINESE = "".join(f"先看到第{c}个红球然后它向左移动。" for c in "一二三四五六七八")
 
 
 @pytest.mark.parametrize("thought", LOOPS)
 def test_a_loop_costs_the_format_and_not_the_accuracy(thought):
-    assert garbled(thought) and garbled(f"<think>{thought}</think><answer>7</answer>") and garbled(f"<think>t</think><answer>{thought}</answer>")
-    assert score(f"<think>{thought}</think><answer>7</answer>", "7", "count") == Reward(0.9, 1.0, 0.0)
+    assert garbled(thought)
+    assert garbled(answering("7", thought)) and garbled(answering(thought))
+    assert score(answering("7", thought), "7", "count") == Reward(0.9, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("thought", PROSE + [LATIN, CHINESE, CHINESE + " red ball " * 3, LATIN + "红球", LATIN + '"' + CHINESE + '"',
+@pytest.mark.parametrize("thought", PROSE + [
+    LATIN, CHINESE, CHINESE + " red ball " * 3, LATIN + "红球", LATIN + '"' + CHINESE + '"',
     LATIN + "“" + CHINESE + "”"])
 def test_what_only_looks_like_a_loop_or_a_mixture_costs_nothing(thought):
-    assert score(f"<think>{thought}. So.</think><answer>7</answer>", "7", "count") == Reward(1.0, 1.0, 1.0)
+    assert score(answering("7", f"{thought}. So."), "7", "count") == Reward(1.0, 1.0, 1.0)
 
 
-@pytest.mark.parametrize("thought", [LATIN + "\n\n" + CHINESE, CHINESE + LATIN, "the ball 红球 moves 移动 to the 左边 " * 14 + ".",
+@pytest.mark.parametrize("thought", [
+    LATIN + "\n\n" + CHINESE, CHINESE + LATIN, "the ball 红球 moves 移动 to the 左边 " * 14 + ".",
     LATIN + "красный мяч " * 30 + "."])
-def test_thought_that_goes_on_in_another_script_costs_the_format(thought):
+def test_a_thought_that_goes_on_in_another_script_costs_the_format(thought):
     assert garbled(f"<think>{thought}</think>")
-    assert score(f"<think>{thought}</think><answer>7</answer>", "7", "count") == Reward(0.9, 1.0, 0.0)
+    assert score(answering("7", thought), "7", "count") == Reward(0.9, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("piece", ["7", "[0,0,1,1],", "A. ", " ", "(", "\\boxed{", "{",
-    "\x00\ud800", "1:", "1,", "雪", '"', "“", "ab \n", "-", "\\frac{", "A))"])
+# --------------------------------------------------------------------------------------------------
+# time
+
+@pytest.mark.parametrize("piece", [
+    "7", "[0,0,1,1],", "A. ", " ", "(", "\\boxed{", "{", "\x00\ud800", "1:", "1,", "雪", '"', "“",
+    "ab \n", "-", "\\frac{", "A))"])
 def test_an_answer_of_a_megabyte_is_graded_in_bounded_time(piece):
-    """Every verifier, as answer and inside a response: nothing is quadratic in what a model can write."""
+    """By every verifier, alone and inside a response: nothing is quadratic in its length."""
     huge = piece * (10 ** 6 // len(piece))
+    texts = (huge, "<think>t</think><answer>" + huge + "</answer>",
+             "<think>" + huge + "</think><answer>7</answer>")
     start = time.process_time()
     for domain in VERIFIERS:
-        for text in (huge, "<think>t</think><answer>" + huge + "</answer>", "<think>" + huge + "</think><answer>7</answer>"):
+        for text in texts:
             VERIFIERS[domain](text, "7")
             score(text, "[0,0,1,1]", domain)
     assert time.process_time() - start < 15, "72 gradings of a megabyte"
@@ -333,43 +450,52 @@ def test_an_answer_of_a_megabyte_is_graded_in_bounded_time(piece):
 def test_the_longest_texts_that_are_compared_take_a_moment():
     r = random.Random(0)
     a, b = ("".join(r.choice("abcdefgh ") for _ in range(9990)) for _ in "ab")
+    boxes, shifted = (",".join(f"[{i},0,{i + 100},9]" for i in range(k, k + 100)) for k in (0, 3))
     start = time.process_time()
     assert 0 < VERIFIERS["ocr"](a + "x", b) < 1
-    assert VERIFIERS["grounding"](*[",".join(f"[{i},0,{i + 100},9]" for i in range(k, k + 100)) for k in (0, 3)]) > 0.9
+    assert VERIFIERS["grounding"](boxes, shifted) > 0.9
     assert time.process_time() - start < 3
 
 
-GOOD = "<think>t</think><answer>7</answer>"
+# --------------------------------------------------------------------------------------------------
+# verifiers of one's own
+
+def use_as_mine(monkeypatch, verifier):
+    monkeypatch.setitem(VERIFIERS, "mine", verifier)
 
 
 @pytest.mark.parametrize("wrong", [None, "1.0", 1.5, -0.1, float("nan"), [1]])
 def test_a_verifier_that_returns_no_score_leaves_the_answer_ungraded(wrong, monkeypatch):
-    monkeypatch.setitem(VERIFIERS, "mine", lambda predicted, answer: wrong)
+    use_as_mine(monkeypatch, lambda predicted, answer: wrong)
     with pytest.raises(VerifierError, match="'mine'"):
         score(GOOD, "7", "mine")
 
 
 @pytest.mark.parametrize("right", [0, 1, 0.25, True])
 def test_a_verifier_of_ones_own_scores(right, monkeypatch):
-    monkeypatch.setitem(VERIFIERS, "mine", lambda predicted, answer: right)
+    use_as_mine(monkeypatch, lambda predicted, answer: right)
     got = score(GOOD, "7", "mine")
-    assert got.accuracy == right and type(got.accuracy) is float and score("no answer", "7", "mine").accuracy == 0
+    assert got.accuracy == right and type(got.accuracy) is float
+    assert score("no answer", "7", "mine").accuracy == 0
 
 
 def test_a_verifier_is_loaded_from_a_file(tmp_path, monkeypatch):
-    (tmp_path / "judge.py").write_text("from dataclasses import dataclass\nWORTH = 0.5\n@dataclass\nclass A:\n    x: 'int' = 1\n"
-                                       "def half(predicted, answer):\n    return WORTH * A().x if predicted == answer else 0\n")
-    monkeypatch.setitem(VERIFIERS, "mine", load_verifier(f"{tmp_path}/judge.py:half"))
+    (tmp_path / "judge.py").write_text(
+        "from dataclasses import dataclass\nWORTH = 0.5\n@dataclass\nclass A:\n    x: 'int' = 1\n"
+        "def half(predicted, answer):\n"
+        "    return WORTH * A().x if predicted == answer else 0\n")
+    use_as_mine(monkeypatch, load_verifier(f"{tmp_path}/judge.py:half"))
     assert score(GOOD, "7", "mine").accuracy == 0.5 and score(GOOD, "8", "mine").accuracy == 0
 
 
 @pytest.mark.parametrize("source, spec, why", [
-    ("", "judge.py:half", "half"), ("half = 1", "judge.py:half", "no function"), ("def half(:", "judge.py:half", "SyntaxError"),
-    ("import no_such_thing", "judge.py:half", "no_such_thing"), ("raise SystemExit(3)", "judge.py:half", "SystemExit"),
-    ("\x00", "judge.py:half", "null"),
-    ("half = len", "none.py:half", "No such file"), ("half = len", "judge.py", "path.py:function"), ("half = len", "judge.py:", "judge.py:"), ("",
-    "", "")])
-def test_a_verifier_that_cannot_be_loaded_is_one_clear_line(source, spec, why, tmp_path, monkeypatch):
+    ("", "judge.py:half", "half"), ("half = 1", "judge.py:half", "no function"),
+    ("def half(:", "judge.py:half", "SyntaxError"),
+    ("import no_such_thing", "judge.py:half", "no_such_thing"),
+    ("raise SystemExit(3)", "judge.py:half", "SystemExit"), ("\x00", "judge.py:half", "null"),
+    ("half = len", "none.py:half", "No such file"), ("half = len", "judge.py", "path.py:function"),
+    ("half = len", "judge.py:", "judge.py:"), ("", "", "")])
+def test_a_verifier_that_cannot_be_loaded_is_one_line(source, spec, why, tmp_path, monkeypatch):
     (tmp_path / "judge.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="^cannot load the verifier") as e:
@@ -377,73 +503,89 @@ def test_a_verifier_that_cannot_be_loaded_is_one_clear_line(source, spec, why, t
     assert why in str(e.value) and repr(spec) in str(e.value) and "\n" not in str(e.value)
 
 
-# What GLM-4.1V's released reward code (glmv_reward) gets wrong. Each made a whole domain's reward noise, and none stopped a run.
+# --------------------------------------------------------------------------------------------------
+# what GLM-4.1V's released reward code (glmv_reward) gets wrong: each made a whole domain's reward
+# noise, and none stopped a run
 
 def test_equal_numbers_are_equal_without_a_judge():
-    """Its numeric branch called sympify(text, strict=True), which raises for any text: 42 and 42.0 were left to the judge, or wrong."""
+    """Its numeric branch called sympify(text, strict=True), which raises for any text: 42 and 42.0
+    were left to the judge, or wrong."""
     for a, b in (("42", "42.0"), ("0.5", "1/2"), ("1e3", "1000")):
         assert VERIFIERS["math"](a, b) == VERIFIERS["math"](b, a) == 1
 
 
 def test_every_domain_can_be_right():
-    """Its general verifier asked the judge for 1.0 or 0.0 and then looked for the word Correct: no answer was ever right."""
+    """Its general verifier asked the judge for 1.0 or 0.0, and then searched its reply for the word
+    Correct: no answer was ever right."""
     for domain, cases in CASES.items():
-        assert any(score(f"<think>t</think><answer>{p}</answer>", a, domain).accuracy == 1 for p, a, _ in cases), domain
+        assert any(score(answering(predicted), answer, domain).accuracy == 1
+                   for predicted, answer, _ in cases), domain
 
 
 def test_a_verifier_that_raises_is_not_a_wrong_answer(monkeypatch):
-    """Its geoquest prompt lacked fields that its own code demanded: each call raised, and each raise was graded 0."""
-    monkeypatch.setitem(VERIFIERS, "mine", lambda predicted, answer: "{question}".format(label=answer))
+    """Its geoquest prompt lacked fields that its own code demanded: each call raised, and each
+    raise was graded 0."""
+    prompt = "{question}"
+    use_as_mine(monkeypatch, lambda predicted, answer: prompt.format(label=answer))
     with pytest.raises(VerifierError, match="'mine'.*KeyError.*question") as e:
         score(GOOD, "7", "mine")
     assert isinstance(e.value.__cause__, KeyError)
-    assert not issubclass(VerifierError, ValueError), "a domain without a verifier ends the run; this drops a sample"
+    assert not issubclass(VerifierError, ValueError), "ValueError ends the run, this drops a sample"
 
 
 def test_a_judges_prose_is_no_score(monkeypatch):
-    """It took "1.0" anywhere in the judge's reply for a yes: here a reply must have been made a number."""
-    monkeypatch.setitem(VERIFIERS, "mine", lambda predicted, answer: "Not 1.0, since it is wrong: 0.0")
+    """It took "1.0" anywhere in the judge's reply for a yes. Here a reply must be made a number."""
+    use_as_mine(monkeypatch, lambda predicted, answer: "Not 1.0, since it is wrong: 0.0")
     with pytest.raises(VerifierError):
         score(GOOD, "7", "mine")
 
 
 def test_loops_are_looked_for():
     """Its detector of repetitions was written and never called."""
-    assert score(f"<think>{LOOPS[0]}</think><answer>7</answer>", "7", "count").total < score(GOOD, "7", "count").total
+    looping = score(answering("7", LOOPS[0]), "7", "count")
+    assert looping.total < score(GOOD, "7", "count").total
 
 
 def test_nothing_read_of_nothing_is_no_division_by_zero():
-    """Its edit distance was divided by the longer length, 0 of two empty texts; the raise was graded 0 by accident. Here by rule."""
+    """It divided the edit distance by the longer length, which is 0 for two empty texts. The raise
+    was graded 0 by accident; here it is 0 by rule."""
     assert score("<think>t</think><answer></answer>", "", "ocr").accuracy == 0
 
 
 def test_a_letter_in_a_word_is_no_unit():
-    """It looked for units as substrings ("m", "s", "A"), so that nearly any text had one and went to the judge."""
+    """It searched for units as substrings ("m", "s", "A"), so that nearly any text had one and went
+    to the judge."""
     assert VERIFIERS["math"]("same", "7") == VERIFIERS["math"]("5 apples", "5 m") == 0
     assert VERIFIERS["math"]("5 m", "5 m") == VERIFIERS["math"]("5 apples", "5") == 1
 
 
 def test_whole_numbers_may_have_a_point():
-    """Its counting compared strings of digits: 1.0 was no 1."""
+    """Its counting compared strings of digits: 1.0 was not 1."""
     assert VERIFIERS["count"]("1.0", "1") == VERIFIERS["count"]("07", "7") == 1
 
 
 def test_tolerance_is_small_and_relative():
-    """It had 0.9 for one domain, where 1 was as good as 1.5, and added 1e-6 to the divisor, where 0 was as good as 1e-13."""
-    assert VERIFIERS["math"]("1.5", "1") == VERIFIERS["math"]("1e-13", "0") == VERIFIERS["math"]("1.1e-13", "1e-13") == 0
+    """It allowed 0.9 in one domain, where 1.5 passed for 1. It added 1e-6 to the divisor, so that
+    1e-13 passed for 0."""
+    assert VERIFIERS["math"]("1.5", "1") == VERIFIERS["math"]("1e-13", "0") == 0
+    assert VERIFIERS["math"]("1.1e-13", "1e-13") == 0
 
 
 def test_only_years_are_exact():
-    """It took any two whole numbers from 1000 to 3000 for years, so that 1500 read as 1510 was wrong. Nor does 2010 pass as 2011."""
+    """It took any two whole numbers from 1000 to 3000 for years: 1500 read as 1510 was wrong. Nor
+    must 2010 pass as 2011."""
     assert VERIFIERS["chart"]("1500", "1510") == 1 and VERIFIERS["chart"]("2010", "2011") == 0
 
 
 def test_one_box_is_one_answer():
-    """It took an older box before a newer one, and the outer of two nested ones: several guesses, one of them graded."""
-    for said in (r"\boxed{7}<|begin_of_box|>8<|end_of_box|>", "<|begin_of_box|><|begin_of_box|>7<|end_of_box|><|end_of_box|>"):
-        assert score(f"<think>t</think><answer>{said}</answer>", "7", "count").accuracy == 0
+    """It preferred an older kind of box to a newer one, and the outer of two nested ones: it graded
+    one of several guesses."""
+    for predicted in (r"\boxed{7}<|begin_of_box|>8<|end_of_box|>",
+                      "<|begin_of_box|><|begin_of_box|>7<|end_of_box|><|end_of_box|>"):
+        assert score(answering(predicted), "7", "count").accuracy == 0
 
 
 def test_boxes_have_a_verifier():
-    """Its release has none for grounding, though the paper's Table 1 does: matched boxes over all boxes."""
+    """Its release has none for grounding, although the paper's Table 1 has: matched boxes over all
+    boxes."""
     assert VERIFIERS["grounding"]("[0,0,9,9] [50,50,60,60]", "[0,0,10,10]") == 0.5

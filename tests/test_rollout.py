@@ -23,12 +23,12 @@ import torch
 from transformers import DynamicCache
 
 import data
-import encode
 import model as vlm
 import rewards
 import rollout
 import toy
 from flow import Ranks
+from plumbing.ranks import start
 
 ROOT = Path(__file__).parent.parent
 ALONE = Ranks()
@@ -744,7 +744,7 @@ HOW = {"think_budget": 8, "answer_budget": 4}
 def worker(out):
     """What one of two processes runs: rollout() of a group of 3, of 1 (one rank has none to
     sample), and of no prompts."""
-    ranks = encode.start(2)
+    ranks = start(2)
     model, tokenizer = sharp_tiny()
     prompts = [prompt for prompt, _ in three_prompts(model, tokenizer)]
     results = []
@@ -848,7 +848,7 @@ def test_a_failing_command_says_why_in_one_line(checkpoint, tmp_path):
     ({"question": "", "video": "{tmp}/a.mp4"}, "--question"),
     ({"frames": "0"}, "frames"),
     ({"think_budget": "-1"}, "think_budget"),
-    ({"dtype": "float16"}, "--dtype=float16 must be float32 or bfloat16"),
+    ({"dtype": "float16"}, 'dtype is "float32" or "bfloat16", not'),
     ({"frame": "8"}, "did you mean 'frames'?"),
     ({"model": "{short}"}, "do not fit")],
     ids=["no model", "a folder that is no model", "no video", "an empty folder for a video",

@@ -486,10 +486,10 @@ def test_only_the_box_of_the_right_place_is_right():
     for shape, place in itertools.product(SHAPES, PLACES):
         name = next(n for n in range(1000) if toy.make_story(n).events[0][1:] == (shape, place))
         right = toy.box(shape, place)
-        assert right == box_in(toy.draw_frames(name)[0]) and rewards.grounding(right, right) == 1
+        assert right == box_in(toy.draw_frames(name)[0]) and rewards.verify_grounding(right, right) == 1
         for other, elsewhere in itertools.product(SHAPES, {*PLACES} - {place}):
-            assert rewards.grounding(toy.box(other, elsewhere), right) == 0
-        assert rewards.grounding("none", right) == 0
+            assert rewards.verify_grounding(toy.box(other, elsewhere), right) == 0
+        assert rewards.verify_grounding("none", right) == 0
 
 
 def test_the_answer_follows_from_what_is_on_the_screen():
@@ -605,7 +605,7 @@ def test_nor_does_such_a_reader_read_or_point(extra_parts):
         assert blind_accuracy(extra_parts[part][:3000], extra_parts[part][3000:]) < chance
     answers = [s.answer for s in extra_parts["reading"][:400]]
     for guess in {*answers[:60], "ACEHLOTX", "A"}:
-        assert np.mean([rewards.ocr(guess, answer) for answer in answers]) < 0.3
+        assert np.mean([rewards.verify_ocr(guess, answer) for answer in answers]) < 0.3
 
 
 # --------------------------------------------------------------------------------------------------

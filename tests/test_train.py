@@ -34,6 +34,7 @@ import grpo
 import model as vlm
 import toy
 import train
+from curriculum import DECAY
 from rollout import Completion, rollout, room
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -250,6 +251,17 @@ def test_a_run_leaves_a_picture_and_the_two_newest_checkpoints(run):
     assert f"done: {run.model}" in run.out and "held-out accuracy" in run.out
 
 
+def visits(curriculum):
+    """How many groups a checkpoint's curriculum has noted, where all had group_size completions and no grades came before.
+
+    Each visit decays what was noted before: n of them leave a total of group_size * (1 - DECAY^n) / (1 - DECAY).
+    """
+    left = [1 - (1 - DECAY) * total / SMALL["group_size"] for _, total in curriculum["recent"].values()]
+    counts = [math.log(x) / math.log(DECAY) for x in left]
+    assert counts == pytest.approx([round(n) for n in counts])
+    return sum(round(n) for n in counts)
+
+
 def test_bad_videos_are_dropped_named_counted_and_not_replaced(run, files):
     """A missing video and one that is none: each stage says which and why, goes on without, and puts nothing in their place."""
     for id, file in (("gone", "missing.mp4"), ("text", "notes.txt")):
@@ -259,10 +271,9 @@ def test_bad_videos_are_dropped_named_counted_and_not_replaced(run, files):
         dropped = [r["dropped"] for r in metrics(run.dir, stage) if "dropped" in r]
         assert dropped == sorted(dropped) and dropped[-1] == 2
     curriculum = torch.load(os.path.join(run.model, "training_state.pt"), weights_only=False)["curriculum"]
-    assert set(curriculum["dropped"]) == {"gone", "text"} and set(curriculum["history"]) == {f"q{i}" for i in range(12)}
-    answers = sum(total for _, total in curriculum["history"].values())
+    assert set(curriculum["dropped"]) == {"gone", "text"} and set(curriculum["recent"]) == {f"q{i}" for i in range(12)}
     asked = sum(r["oversample"] for r in metrics(run.dir, "rl")) * SMALL["prompts_per_step"]
-    assert answers == SMALL["group_size"] * (asked - 2)                             # two draws bore nothing
+    assert visits(curriculum) == asked - 2                                          # two draws bore nothing
 
 
 def test_every_key_of_metrics_is_explained_in_the_readme(run):
@@ -807,8 +818,8 @@ def test_a_step_trains_on_the_balanced_groups_and_notes_them_all(run, tmp_path, 
     assert ("oversample_cap = 4 times as many" in said) == (cap > 1 and any(r["invalid_rate"] > 0.75 for r in rows))
     assert [len(ids) for ids in trained] == [r["valid_groups"] for r in rows if r["valid_groups"]] and max(map(len, trained)) <= 2
     assert not {f"q{i}" for i in range(9)} & {id for ids in trained for id in ids}
-    history = torch.load(os.path.join(out, "model", "training_state.pt"), weights_only=False)["curriculum"]["history"]
-    assert sum(total for _, total in history.values()) == SMALL["group_size"] * 2 * sum(r["oversample"] for r in rows)
+    curriculum = torch.load(os.path.join(out, "model", "training_state.pt"), weights_only=False)["curriculum"]
+    assert visits(curriculum) == 2 * sum(r["oversample"] for r in rows)
 
 
 def test_grades_are_written_once_and_set_the_tiers(run, files, tmp_path, capsys, monkeypatch):
@@ -1109,8 +1120,8 @@ def test_other_evaluation_does_not_change_what_is_trained_on(run, tmp_path):
     except ValueError as e:
         assert "eval_data" in str(e)
     else:
-        history = torch.load(os.path.join(out, "model", "training_state.pt"), weights_only=False)["curriculum"]["history"]
-        assert not {f"q{s}" for s in held} & set(history)
+        curriculum = torch.load(os.path.join(out, "model", "training_state.pt"), weights_only=False)["curriculum"]
+        assert not {f"q{s}" for s in held} & set(curriculum["recent"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """tests/vllm_cpu.sh DIR && DIR/bin/python -m pytest tests/test_vllm.py -q
 
-vLLM's real engine on the CPU, against the torch engine and the trainer. Where vLLM is not installed this file is not
-collected (conftest.py); .ci/run installs it and runs it.
+vLLM's real engine on the CPU, against the torch engine and the trainer. Where vLLM is not installed
+this file is not collected (conftest.py); .ci/run installs it and runs it.
 """
 import json
 import math
@@ -9,27 +9,33 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_families import as_published, tiny_glm
 
 import data
 import encode
+import evaluate
 import model as vlm
 import rollout
-import train
+from flow import Ranks, Run
 from plumbing import sharding
-from test_families import as_published, tiny_glm
+from plumbing.ranks import leave, start
 
-ROOT, ALONE = Path(__file__).parent.parent, encode.Ranks()
+ROOT = Path(__file__).parent.parent
+ALONE = Ranks()
 HOW = {"think_budget": 12, "answer_budget": 6}
 KEPT = []               # an engine that is collected ends all others of its process
-VIDEOS = [(4, 4, 4, 0.5), (9, 2, 6, 1 / 3), (21, 4, 2, 2.7), (1, 6, 6, 1.0)]           # (t, h, w) in patches, seconds between frames
+# (t, h, w) in patches, seconds between frames
+VIDEOS = [(4, 4, 4, 0.5), (9, 2, 6, 1 / 3), (21, 4, 2, 2.7), (1, 6, 6, 1.0)]
 
 
 def sharp_model(folder, family):
-    """A checkpoint whose every weight counts, and whose next token is neither certain nor anyone's guess."""
+    """A checkpoint whose every weight counts, and whose next token is neither certain nor equally
+    likely to be any other."""
     model, tokenizer = tiny_glm() if family == "glm4v" else vlm.load("tiny")
     noise = torch.Generator().manual_seed(11)
     with torch.no_grad():
@@ -43,20 +49,41 @@ def sharp_model(folder, family):
 
 def make_prompts(model, tokenizer):
     noise = torch.Generator().manual_seed(3)
-    return [vlm.make_prompt(model, tokenizer, "How many are there?" + " red" * n, torch.randn(t * h * w // 4, 128, generator=noise), (t, h, w),
-                            seconds, f"video {n}") for n, (t, h, w, seconds) in enumerate(VIDEOS)]
+    prompts = []
+    for n, (t, h, w, seconds) in enumerate(VIDEOS):
+        question = "How many are there?" + " red" * n
+        vision = torch.randn(t * h * w // 4, 128, generator=noise)
+        prompts.append(vlm.make_prompt(
+            model, tokenizer, question, vision, (t, h, w), seconds, f"video {n}"))
+    return prompts
 
 
-def keys(n, G, what="k"):
-    return [[(what, p, g) for g in range(G)] for p in range(n)]
+def keys(n, G, name="k"):
+    return [[(name, p, g) for g in range(G)] for p in range(n)]
+
+
+def flat(groups):
+    return [completion for group in groups for completion in group]
+
+
+def as_lists(groups):
+    return [[x.tokens.tolist() for x in group] for group in groups]
+
+
+def ending(x):
+    return x.text, x.forced, x.truncated
 
 
 def largest_gap(model, prompts, groups, banned):
     """Sampler against trainer, in log-prob, on the tokens that were sampled."""
+    tokens = [[x.tokens for x in group] for group in groups]
     with torch.no_grad():
-        logprobs, _ = vlm.logprobs(model, prompts, [[x.tokens for x in xs] for xs in groups], banned)
-    flat = [x for xs in groups for x in xs]
-    return max(float((row[:len(x.tokens)] - x.logprobs)[x.sampled].abs().max()) for row, x in zip(logprobs, flat) if x.sampled.any())
+        logprobs, _ = vlm.logprobs(model, prompts, tokens, banned)
+    gaps = []
+    for row, x in zip(logprobs, flat(groups)):
+        if x.sampled.any():
+            gaps.append(float((row[:len(x.tokens)] - x.logprobs)[x.sampled].abs().max()))
+    return max(gaps)
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "glm4v"])
@@ -64,7 +91,8 @@ def family(request):
     return request.param
 
 
-one_family = pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)          # for what starts engines of its own
+# For tests that start engines of their own.
+one_family = pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -84,30 +112,37 @@ def prompts(ours):
 
 @pytest.fixture(scope="module")
 def engine(folder, ours):
-    KEPT.append(rollout.VLLM(folder, *ours, ALONE, 5000))  # more than the tiny GLM has positions: it is started with those
+    # 5,000 is more than the tiny GLM has positions: it is started with those.
+    KEPT.append(rollout.start_engine(folder, *ours, ALONE, 5000))
     return KEPT[-1]
 
 
 def both(engine, ours, prompts, **how):
     """-> the greedy completions of vLLM and of the torch engine, one a prompt."""
-    return ([x for [x] in rollout.rollout(*ours, prompts, keys(len(prompts), 1), ALONE, engine=e, greedy=True, **how)] for e in (engine, None))
+    for sampler in (engine, None):
+        groups = rollout.rollout(*ours, prompts, keys(len(prompts), 1), ALONE, engine=sampler,
+                                 greedy=True, **how)
+        yield flat(groups)
 
 
 def test_logprobs_are_the_trainers(engine, ours, prompts):
     """Decision 3: videos of several shapes and clocks, forced halves included."""
     groups = rollout.rollout(*ours, prompts, keys(4, 8), ALONE, engine=engine, **HOW)
     assert [len(g) for g in groups] == [8] * 4
-    flat = [x for g in groups for x in g]
+    xs = flat(groups)
     assert largest_gap(ours[0], prompts, groups, vlm.banned_ids(*ours)) < 1e-4
-    assert any(x.forced for x in flat) and len({tuple(x.tokens.tolist()) for x in flat}) > 16
-    assert all(len(x.tokens) == len(x.sampled) == len(x.logprobs) and not x.logprobs[~x.sampled].any() for x in flat)
+    assert any(x.forced for x in xs) and len({tuple(x.tokens.tolist()) for x in xs}) > 16
+    for x in xs:
+        assert len(x.tokens) == len(x.sampled) == len(x.logprobs)
+        assert not x.logprobs[~x.sampled].any()
 
 
 @pytest.mark.parametrize("think, answer", [(12, 6), (0, 6), (1, 1), (40, 3)])
 def test_greedy_is_the_torch_engines_forced_answers_too(engine, ours, prompts, think, answer):
-    for a, b in zip(*both(engine, ours, prompts, think_budget=think, answer_budget=answer)):
+    theirs, torchs = both(engine, ours, prompts, think_budget=think, answer_budget=answer)
+    for a, b in zip(theirs, torchs):
         assert a.tokens.tolist() == b.tokens.tolist() and a.sampled.tolist() == b.sampled.tolist()
-        assert (a.text, a.forced, a.truncated) == (b.text, b.forced, b.truncated)
+        assert ending(a) == ending(b)
         assert torch.allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
@@ -115,7 +150,7 @@ def test_without_force_the_same_end_unanswered(engine, ours, prompts):
     """The greedy thoughts that ran out of time, by both engines."""
     a, b = both(engine, ours, prompts, think_budget=4, answer_budget=6, forced=None)
     for x, y in zip(a, b):
-        assert x.tokens.tolist() == y.tokens.tolist() and (x.text, x.forced, x.truncated) == (y.text, y.forced, y.truncated)
+        assert x.tokens.tolist() == y.tokens.tolist() and ending(x) == ending(y)
     assert any(x.truncated and len(x.tokens) == 4 for x in a) and not any(x.forced for x in a)
     with pytest.raises(ValueError, match="torch engine"):
         list(both(engine, ours, prompts, think_budget=4, answer_budget=6, think_least=2))
@@ -126,57 +161,74 @@ def test_banned_ids_are_never_sampled_and_the_rest_share_their_probability(engin
     model, tokenizer = ours
     banned = vlm.banned_ids(model, tokenizer)
     free = rollout.rollout(model, tokenizer, prompts, keys(4, 16), ALONE, engine=engine, **HOW)
-    said = torch.cat([x.tokens[x.sampled] for g in free for x in g]).bincount(minlength=len(banned))
-    likely = said.topk(20).indices
+    sampled = torch.cat([x.tokens[x.sampled] for x in flat(free)])
+    likely = sampled.bincount(minlength=len(banned)).topk(20).indices
     banned[likely[[int(i) not in engine.stops for i in likely]]] = True
-    groups = rollout.rollout(model, tokenizer, prompts, keys(4, 16), ALONE, engine=engine, banned=banned, **HOW)
-    assert not any(banned[x.tokens[x.sampled]].any() for g in groups for x in g)
+    groups = rollout.rollout(
+        model, tokenizer, prompts, keys(4, 16), ALONE, engine=engine, banned=banned, **HOW)
+    assert not any(banned[x.tokens[x.sampled]].any() for x in flat(groups))
     assert largest_gap(model, prompts, groups, banned) < 1e-4
-    assert largest_gap(model, prompts, groups, vlm.banned_ids(model, tokenizer)) > 1e-3, "the ban bites"
+    with_all = vlm.banned_ids(model, tokenizer)
+    assert largest_gap(model, prompts, groups, with_all) > 1e-3, "the ban has an effect"
 
 
 def test_the_key_decides_whatever_the_batch(engine, ours, prompts):
-    def say(prompts, keys):
-        return [[x.tokens.tolist() for x in g] for g in rollout.rollout(*ours, prompts, keys, ALONE, engine=engine, **HOW)]
-    whole = say(prompts, keys(4, 4))
-    assert say(prompts[1:2], keys(4, 4)[1:2]) == whole[1:2]
-    assert say(prompts[:1], [keys(4, 4)[0][2:]]) == [whole[0][2:]]
-    assert say(prompts, keys(4, 4, "other")) != whole
+    def sample(prompts, keys):
+        return as_lists(rollout.rollout(*ours, prompts, keys, ALONE, engine=engine, **HOW))
+
+    everything = sample(prompts, keys(4, 4))
+    assert sample(prompts[1:2], keys(4, 4)[1:2]) == everything[1:2]
+    assert sample(prompts[:1], [keys(4, 4)[0][2:]]) == [everything[0][2:]]
+    assert sample(prompts, keys(4, 4, "other")) != everything
 
 
-def test_the_vision_tower_is_not_there_and_the_prompt_is_prefilled_once(engine, ours, prompts, monkeypatch):
-    """The tower has no weights inside vLLM, so it cannot run. All G completions and their second halves find the prompt."""
-    [tower] = engine.llm.apply_model(lambda inner: sum(p.numel() for p in inner.visual.parameters()))
-    assert tower == 0
+def test_a_rank_without_keys_gets_empty_groups(engine, ours, prompts):
+    """Where the weights are sharded a rank loads them though its part of the groups is empty."""
+    assert engine.sample(prompts, [[]] * 4, **HOW, forced=None) == [[]] * 4
+    assert engine.sample([], [], **HOW, forced=None) == []
+
+
+def test_the_vision_tower_is_not_there_and_the_prompt_is_prefilled_once(
+        engine, ours, prompts, monkeypatch):
+    """The tower has no weights inside vLLM, so it cannot run. All G completions and their second
+    halves find the prompt."""
+    def tower_size(inner):
+        return sum(p.numel() for p in inner.visual.parameters())
+
+    assert engine.llm.apply_model(tower_size) == [0]
     seen, generate = [], engine.llm.generate
 
     def noted(*args, **kwargs):
         outputs = generate(*args, **kwargs)
         seen.append([(x.num_cached_tokens, x.prompt_token_ids) for x in outputs])
         return outputs
+
     monkeypatch.setattr(engine.llm, "generate", noted)
     with torch.no_grad():
-        ours[0].lm_head.weight.add_(0.0)                   # new weights, though the same: nothing is cached now
+        ours[0].lm_head.weight.add_(0.0)                   # new weights, though equal: no cache
     rollout.rollout(*ours, prompts[2:3], keys(1, 8), ALONE, engine=engine, **HOW)
     (first, *others), again = seen
-    whole = len(prompts[2].ids) // 32 * 32                 # vLLM shares blocks of 32
-    assert whole >= 64 and first[0] == 0 and all(cached >= whole for cached, _ in others + again), (whole, seen)
-    assert all(ids[:len(prompts[2].ids)] == prompts[2].ids.tolist() for _, ids in [first, *others, *again])
+    shared = len(prompts[2].ids) // 32 * 32                # vLLM shares blocks of 32
+    assert shared >= 64 and first[0] == 0, (shared, seen)
+    assert all(cached >= shared for cached, _ in others + again), (shared, seen)
+    prompt = prompts[2].ids.tolist()
+    assert all(ids[:len(prompt)] == prompt for _, ids in [first, *others, *again])
 
 
 def test_new_weights_take_effect_and_nothing_of_the_old_ones_serves(engine, ours, prompts):
     model, tokenizer = ours
+    banned = vlm.banned_ids(model, tokenizer)
     kept = {n: p.detach().clone() for n, p in model.named_parameters()}
     noise = torch.Generator().manual_seed(5)
     old = rollout.rollout(model, tokenizer, prompts, keys(4, 4), ALONE, engine=engine, **HOW)
     with torch.no_grad():
-        for name, p in model.model.language_model.named_parameters():
+        for p in [*model.model.language_model.parameters(), model.lm_head.weight]:
             p.add_(torch.randn(p.shape, generator=noise) * 0.03)
-        model.lm_head.weight.add_(torch.randn(model.lm_head.weight.shape, generator=noise) * 0.03)
     for _ in range(2):
-        groups = rollout.rollout(model, tokenizer, prompts, keys(4, 4), ALONE, engine=engine, **HOW)
-        assert largest_gap(model, prompts, groups, vlm.banned_ids(model, tokenizer)) < 1e-4
-    assert largest_gap(model, prompts, old, vlm.banned_ids(model, tokenizer)) > 1e-2
+        groups = rollout.rollout(
+            model, tokenizer, prompts, keys(4, 4), ALONE, engine=engine, **HOW)
+        assert largest_gap(model, prompts, groups, banned) < 1e-4
+    assert largest_gap(model, prompts, old, banned) > 1e-2
     for a, b in zip(*both(engine, ours, prompts, **HOW)):
         assert a.tokens.tolist() == b.tokens.tolist()
     with torch.no_grad():
@@ -192,7 +244,10 @@ def test_a_weight_that_does_not_arrive_ends_the_run(engine, ours):
             return iter([torch.zeros(1)])
 
         def named_parameters(self, **how):
-            return ((n, w) for n, w in model.named_parameters(**how) if "layers.2.mlp.down" not in n)
+            for name, weight in model.named_parameters(**how):
+                if "layers.2.mlp.down" not in name:
+                    yield name, weight
+
     with pytest.raises(RuntimeError, match="vLLM was not given .*layers.2.mlp.down_proj"):
         engine.load(Less())
     engine.version = None
@@ -201,28 +256,41 @@ def test_a_weight_that_does_not_arrive_ends_the_run(engine, ours):
 
 def test_positions_are_vllms_own(engine, ours):
     """Decision 2, bit for bit: any clip, any clock, through vLLM's own function."""
-    from types import SimpleNamespace as Space
     from vllm.multimodal.inputs import PlaceholderRange
-    (model, tokenizer), kind = ours, engine.kind
+    (model, tokenizer), kind = ours, engine.modality
     draw = torch.Generator().manual_seed(0)
-    for n in range(60):
-        t, h, w = (int(torch.randint(1, most, (), generator=draw)) for most in (60, 4, 4))
-        seconds = [1 / 3, 0.1, 1 / 30, 2.0, 29.97 / 1001][n % 5] * float(torch.randint(1, 9, (), generator=draw))
-        prompt = vlm.make_prompt(model, tokenizer, "so" * n, torch.zeros(t * h * w, 128), (t, 2 * h, 2 * w), seconds)
+
+    def positions_of(prompt):
         pads = prompt.ids == vlm.vision_pad(model.config)
         starts = (pads & ~pads.roll(1)).nonzero()[:, 0].tolist()
-        clock = Space(data=torch.tensor(prompt.seconds, dtype=torch.float64))
-        features = [Space(modality=kind, mm_position=PlaceholderRange(offset=at, length=math.prod(grid) // 4),
-                          data={f"{kind}_grid_thw": Space(data=torch.tensor(grid)), "second_per_grid_ts": clock})
-                    for at, grid in zip(starts, prompt.grids, strict=True)]
-        [(theirs, delta)] = engine.llm.apply_model(lambda inner: inner.get_mrope_input_positions(prompt.ids.tolist(), features))
+        clock = SimpleNamespace(data=torch.tensor(prompt.seconds, dtype=torch.float64))
+        features = []
+        for at, grid in zip(starts, prompt.grids, strict=True):
+            run = PlaceholderRange(offset=at, length=math.prod(grid) // 4)
+            size = SimpleNamespace(data=torch.tensor(grid))
+            features.append(SimpleNamespace(
+                modality=kind, mm_position=run,
+                data={f"{kind}_grid_thw": size, "second_per_grid_ts": clock}))
+        ids = prompt.ids.tolist()
+        [positions] = engine.llm.apply_model(
+            lambda inner: inner.get_mrope_input_positions(ids, features))
+        return positions
+
+    for n in range(60):
+        t, h, w = (int(torch.randint(1, most, (), generator=draw)) for most in (60, 4, 4))
+        clock = [1 / 3, 0.1, 1 / 30, 2.0, 29.97 / 1001][n % 5]
+        seconds = clock * float(torch.randint(1, 9, (), generator=draw))
+        prompt = vlm.make_prompt(model, tokenizer, "so" * n, torch.zeros(t * h * w, 128),
+                                 (t, 2 * h, 2 * w), seconds)
+        theirs, delta = positions_of(prompt)
         assert theirs.tolist() == prompt.positions.tolist(), (t, h, w, seconds)
         assert delta == int(prompt.positions.max()) + 1 - len(prompt.ids)
 
 
 @one_family
 def test_tied_embeddings_as_the_3b_has_them(ours, tmp_path):
-    """Its head has no weights of its own, and none may be missed; after an update both sides have the new ones. As it is published."""
+    """Its head has no weights of its own, and none may be missed; after an update both sides have
+    the new ones. As it is published."""
     saved = tmp_path / "saved"
     vlm.save(*ours, saved)
     config = json.loads((saved / "config.json").read_text())
@@ -234,10 +302,12 @@ def test_tied_embeddings_as_the_3b_has_them(ours, tmp_path):
     path = as_published(saved, tmp_path / "published")
     model, tokenizer = vlm.load(path)
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    engine, prompts = rollout.VLLM(path, model, tokenizer, ALONE, 512), make_prompts(model, tokenizer)
+    engine = rollout.start_engine(path, model, tokenizer, ALONE, 512)
+    prompts = make_prompts(model, tokenizer)
     KEPT.append(engine)
     for _ in range(2):
-        groups = rollout.rollout(model, tokenizer, prompts, keys(4, 4), ALONE, engine=engine, **HOW)
+        groups = rollout.rollout(
+            model, tokenizer, prompts, keys(4, 4), ALONE, engine=engine, **HOW)
         assert largest_gap(model, prompts, groups, vlm.banned_ids(model, tokenizer)) < 1e-4
         with torch.no_grad():
             model.lm_head.weight.mul_(1.1)
@@ -247,22 +317,24 @@ def test_tied_embeddings_as_the_3b_has_them(ours, tmp_path):
 def test_an_architecture_that_vllm_lacks_is_one_line(ours, tmp_path):
     vlm.save(*ours, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["NobodyForConditionalGeneration"], "model_type": "nobody"}))
+    config |= {"architectures": ["NobodyForConditionalGeneration"], "model_type": "nobody"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="vLLM does not start on") as error:
-        rollout.VLLM(str(tmp_path), *ours, ALONE, 512)
+        rollout.start_engine(str(tmp_path), *ours, ALONE, 512)
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # two ranks: this file, run by torchrun
 
 def worker(folder, out, share):
-    ranks = encode.start(2)
+    ranks = start(2)
     model, tokenizer = vlm.load(folder)
     if "sharded" in share:
         sharding.shard_parameters(model, ranks)
     prompts, result = make_prompts(model, tokenizer), []
-    engine = rollout.VLLM(folder, model, tokenizer, ranks, 512, share="one over both" in share)
+    engine = rollout.start_engine(
+        folder, model, tokenizer, ranks, 512, share="one over both" in share)
     for change in (0.0, 0.02):                             # before and after an update
         with torch.no_grad():
             for p in model.parameters():
@@ -270,49 +342,60 @@ def worker(folder, out, share):
         groups = rollout.rollout(model, tokenizer, prompts, keys(4, 4), ranks, engine=engine, **HOW)
         with sharding.gathered(model):
             gap = largest_gap(model, prompts, groups, vlm.banned_ids(model, tokenizer))
-        result.append([[[x.tokens.tolist() for x in g] for g in groups], gap])
+        result.append([as_lists(groups), gap])
     Path(out, f"{ranks.rank}.json").write_text(json.dumps(result))
-    rollout.leave()
+    leave()
 
 
 def torchrun(*command, timeout=900):
     env = {k: v for k, v in os.environ.items() if not k.startswith("VLLM")}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command)], cwd=ROOT,
-                          env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=timeout)
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run([*launcher, *map(str, command)], cwd=ROOT, env=env, capture_output=True,
+                          text=True, timeout=timeout)
 
 
 @one_family
-@pytest.mark.parametrize("share", ["one each", "one over both", "one over both, weights sharded"])
+@pytest.mark.parametrize("share", [
+    "one each", "one over both", "one over both, weights sharded"])
 def test_two_ranks_end_with_the_same_groups(engine, ours, folder, prompts, tmp_path, share):
-    """An engine each samples what one rank would have sampled alone. Both are the trainer, after an update too."""
+    """An engine each samples what one rank would have sampled alone. Both are the trainer, after an
+    update too."""
     run = torchrun(__file__, folder, tmp_path, share)
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert [groups for groups, _ in first] == [groups for groups, _ in second]
-    assert [len(g) for groups, _ in first for g in groups] == [4] * 8 and max(gap for _, gap in first + second) < 1e-4
+    assert [len(g) for groups, _ in first for g in groups] == [4] * 8
+    assert max(gap for _, gap in first + second) < 1e-4
     alone = rollout.rollout(*ours, prompts, keys(4, 4), ALONE, engine=engine, **HOW)
-    assert first[0][0] == [[x.tokens.tolist() for x in g] for g in alone] and first[1][0] != first[0][0]
+    assert first[0][0] == as_lists(alone) and first[1][0] != first[0][0]
 
 
 def test_a_run_with_vllm_learns(tmp_path):
-    """The default run on two ranks, but for a third of its RL: from what the cold start leaves to well above it, without a gap.
-    Then it thinks, and ends its thinking by itself: greedily both engines say the same, whatever the budgets."""
-    run = torchrun("train.py", "--rollout=vllm", "--rl_steps=20", "--eval_samples=128", f"--out_dir={tmp_path}/out")
-    assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr[-3000:]     # nor when it ends
+    """The default run on two ranks, but for a third of its RL: from what the cold start leaves to
+    well above it, without a gap. Then it thinks, and ends its thinking by itself: greedily both
+    engines write the same, whatever the budgets."""
+    run = torchrun("train.py", "--rollout=vllm", "--rl_steps=20", "--eval_samples=128",
+                   f"--out_dir={tmp_path}/out")
+    assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr[-3000:]
     rows = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
     before, after = [r["eval_accuracy"] for r in rows if "eval_accuracy" in r]
     rl = [r for r in rows if r["stage"] == "rl"]
     assert len(rl) == 20 and max(r["sampler_gap_max"] for r in rl) < 1e-4
     assert after > before + 0.1, (before, after)
 
-    ours = vlm.load(f"{tmp_path}/out/model")
-    engine, samples = rollout.VLLM(f"{tmp_path}/out/model", *ours, ALONE, 512), data.load("toy")[:8]
+    path = f"{tmp_path}/out/model"
+    ours = vlm.load(path)
+    engine = rollout.start_engine(path, *ours, ALONE, 512)
     KEPT.append(engine)
-    prompts = [p for _, p in train.make_prompts(*ours, samples, train.Config(), ALONE, encode.Cache())[0]]
+    run = Run(evaluate.Config(), ALONE, print, *ours, vlm.banned_ids(*ours), encode.Cache())
+    room = rollout.room(ours[1], **rollout.budgets(run.config))
+    made, _ = data.make_prompts(run, data.load("toy")[:8], room)
+    prompts = [prompt for _, prompt in made]
     for think, answer in ((96, 16), (40, 16), (96, 2)):
         a, b = both(engine, ours, prompts, think_budget=think, answer_budget=answer)
-        assert [x.tokens.tolist() for x in a] == [x.tokens.tolist() for x in b] and [x.text for x in a] == [x.text for x in b]
-        assert [(x.forced, x.truncated) for x in a] == [(x.forced, x.truncated) for x in b]
+        assert as_lists([a]) == as_lists([b])
+        assert [ending(x) for x in a] == [ending(x) for x in b]
 
 
 if __name__ == "__main__":

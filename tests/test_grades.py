@@ -1,0 +1,58 @@
+"""python -m pytest tests/test_grades.py -q
+
+Offline grades are written a line at a time, read back, added up, and refused where they are not of
+this data or this model.
+"""
+import pytest
+
+from flow import Sample
+from plumbing.grades import grade_line, read_grades
+
+SAMPLES = [Sample(f"q{i}", f"What is {i}?", str(i), "count", f"toy:{i}") for i in range(3)]
+
+
+def written(tmp_path, *lines):
+    path = tmp_path / "grades.jsonl"
+    path.write_text("".join(lines))
+    return str(path)
+
+
+def test_grades_are_read_as_they_were_written(tmp_path):
+    path = written(tmp_path, grade_line(SAMPLES[0], 2.5, 8, "a"), grade_line(SAMPLES[2], 8, 8, "a"))
+    assert read_grades(path, SAMPLES) == read_grades(path, SAMPLES, "a")
+    assert read_grades(path, SAMPLES) == {"q0": [2.5, 8.0], "q2": [8.0, 8.0]}
+
+
+def test_an_ids_lines_are_added_up(tmp_path):
+    """Several models, or lines of any other tool, which need no more than the three keys."""
+    path = written(tmp_path, grade_line(SAMPLES[1], 1, 8, "a"), grade_line(SAMPLES[1], 3, 4, "b"),
+                   '{"id": "q1", "correct": 2.5, "total": 8}\n')
+    assert read_grades(path, SAMPLES) == {"q1": [6.5, 20.0]}
+
+
+def test_a_line_that_was_being_written_is_ignored(tmp_path):
+    line = grade_line(SAMPLES[0], 1, 8, "a")
+    for end in range(len(line)):
+        assert read_grades(written(tmp_path, line, line[:end]), SAMPLES) == {"q0": [1.0, 8.0]}
+
+
+@pytest.mark.parametrize("bad", [
+    "oops", "", "[]", '{"id": "q0"}', '{"id": "q0", "correct": 5, "total": 4}',
+    '{"id": "q0", "correct": -1, "total": 4}', '{"id": "q0", "correct": NaN, "total": 4}',
+    '{"id": "q0", "correct": 1, "total": Infinity}', '{"id": "q0", "correct": "x", "total": 4}'])
+def test_a_line_that_is_no_grade_is_named(tmp_path, bad):
+    path = written(tmp_path, grade_line(SAMPLES[0], 1, 8, "a"), bad + "\n")
+    with pytest.raises(ValueError, match="grades.jsonl, line 2: expected"):
+        read_grades(path, SAMPLES)
+
+
+def test_grades_of_other_data_or_of_another_model_are_refused(tmp_path):
+    path = written(tmp_path, grade_line(SAMPLES[0], 1, 8, "a"))
+    other = [Sample("q0", "What is 0?", "zero", "count", "toy:0")]
+    for samples in (other, SAMPLES[1:]):
+        with pytest.raises(ValueError, match="line 1: these grades are of other data.*'q0'"):
+            read_grades(path, samples)
+    with pytest.raises(ValueError, match="line 1: graded by 'a', not 'b'"):
+        read_grades(path, SAMPLES, "b")
+    with pytest.raises(ValueError, match="none.jsonl: no such file"):
+        read_grades(str(tmp_path / "none.jsonl"), SAMPLES)
