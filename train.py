@@ -339,7 +339,7 @@ def teach(run, prompts, texts, stage2=False):
 # the run
 
 def main(c):
-    if c.mode != "train":
+    if c.mode in ("eval", "grade"):
         return evaluate.main(evaluation(c))
     ranks = start(c.sp, command_line.to_compare(c))
     command_line.check_training(c, ranks)
