@@ -24,8 +24,8 @@ import encode
 import grpo
 import model as vlm
 import train
+from curriculum import DECAY
 from flow import Completion, Group, Ranks, Run, Sample
-from plumbing import command_line
 from plumbing.batches import micro_batches, rank_share, sharers
 from plumbing.metrics import Meter
 from plumbing.optimizer import update
@@ -52,14 +52,9 @@ def flags(**how):
     return [f"--{key}={value}" for key, value in how.items()]
 
 
-def parse(arguments):
-    """The command line of train.py. -> `train.Config`"""
-    return command_line.parse(train.Config, train.__doc__, arguments)
-
-
 def config(**how):
     """-> `train.Config` of a small run"""
-    return parse(flags(**{**SMALL, **how}))
+    return train.parse(flags(**{**SMALL, **how}))
 
 
 def alone(**how):
@@ -179,6 +174,21 @@ def weights(out_dir):
 def state(out_dir):
     """The training state of the newest checkpoint."""
     return torch.load(os.path.join(out_dir, "model", "training_state.pt"), weights_only=False)
+
+
+def visits(curriculum):
+    """How many groups a checkpoint's curriculum has noted, where all had group_size completions and
+    no grades came before.
+
+    Each visit decays what was noted before: n of them leave a total of
+    group_size * (1 - DECAY^n) / (1 - DECAY).
+    """
+    counts = []
+    for _, total in curriculum["recent"].values():
+        left = 1 - (1 - DECAY) * total / SMALL["group_size"]
+        counts.append(math.log(left) / math.log(DECAY))
+    assert counts == pytest.approx([round(n) for n in counts])
+    return sum(round(n) for n in counts)
 
 
 def same(a, b):

@@ -123,7 +123,7 @@ def test_a_sweep_that_cannot_work_is_named(config, how, says):
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("path", [TRAIN, EVALUATE])
+@pytest.mark.parametrize("path", [TRAIN, EVALUATE], ids=os.path.basename)
 def test_a_sweep_that_cannot_work_is_named_before_anything_is_loaded(monkeypatch, tmp_path, path):
     arguments = flags(eval_budgets="9-4", model=tmp_path / "none", out_dir=tmp_path / "out")
     line = script(monkeypatch, *arguments, path=path)
@@ -134,7 +134,8 @@ def test_a_sweep_that_cannot_work_is_named_before_anything_is_loaded(monkeypatch
 # --------------------------------------------------------------------------------------------------
 # an evaluation
 
-@pytest.mark.parametrize("path, more", [(EVALUATE, {}), (TRAIN, {"mode": "eval"})])
+@pytest.mark.parametrize("path, more", [(EVALUATE, {}), (TRAIN, {"mode": "eval"})],
+                         ids=["evaluate.py", "train.py"])
 def test_eval_prints_one_line_of_json_last(run, tmp_path, capsys, monkeypatch, path, more):
     """As a command of its own, and as train.py's mode."""
     path_of_data = write(tmp_path / "e.jsonl", *map(question, range(50, 53)),
@@ -162,8 +163,8 @@ def test_two_ranks_evaluate_as_one_does(run, tmp_path, capsys):
     how = options(run, out_dir=tmp_path / "out", pass_k=2)
     evaluate_here(how)
     expected = last_line(capsys)
-    for sp in (1, 2):
-        two = ended(torchrun(*flags(**how, sp=sp), script=EVALUATE))
+    processes = [torchrun(*flags(**how, sp=sp), script=EVALUATE) for sp in (1, 2)]
+    for two in map(ended, processes):
         assert two.code == 0, two.err
         assert json.loads(two.out.strip().split("\n")[-1]) == expected
 
@@ -255,7 +256,8 @@ def training_on(run, grades, **more):
             "grades": grades, **more}
 
 
-@pytest.mark.parametrize("path, more", [(EVALUATE, {"grade": True}), (TRAIN, {"mode": "grade"})])
+@pytest.mark.parametrize("path, more", [(EVALUATE, {"grade": True}), (TRAIN, {"mode": "grade"})],
+                         ids=["evaluate.py", "train.py"])
 def test_grades_are_written_once(run, graded, tmp_path, capsys, monkeypatch, path, more):
     """Stopped in the middle of a line and started again it does what is missing, to the same file.
     As a command of its own, and as train.py's mode."""

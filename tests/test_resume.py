@@ -225,7 +225,7 @@ def test_other_evaluation_does_not_change_what_is_trained_on(run, tmp_path):
     except ValueError as e:
         assert "eval_data" in str(e)
     else:
-        assert not {f"q{seed}" for seed in held_out} & set(state(out)["curriculum"]["history"])
+        assert not {f"q{seed}" for seed in held_out} & set(state(out)["curriculum"]["recent"])
 
 
 # --------------------------------------------------------------------------------------------------
