@@ -5,8 +5,7 @@ and thinking budgets. And how hard each question is for it, before training (GLM
     python evaluate.py --model=out/model --eval_budgets=0,24,48,96
     python evaluate.py --grade=true --model=out/model --data=my.jsonl --out_dir=graded
 
-The first prints tables, and one line of JSON last. The second writes graded/grades.jsonl, for
-train.py --grades=graded/grades.jsonl.
+The first prints tables, and a line of JSON last. The second writes what train.py's --grades reads.
 """
 import json
 import math
@@ -264,6 +263,8 @@ def main(c):
     run = load_run(c, ranks, say)
     if c.grade:
         return grade(run, to_grade)
+    if settings:
+        os.makedirs(c.out_dir, exist_ok=True)              # before the work, which might be lost
     result = evaluate(run, held_out[:c.eval_samples], c.pass_k or c.group_size, grades)
     if not result["samples"]:
         raise ValueError(f"no sample could be evaluated: {result['why']}")
@@ -275,7 +276,6 @@ def main(c):
     if ranks.rank == 0:
         print(eval_table(result, rows))
         if rows:
-            os.makedirs(c.out_dir, exist_ok=True)
             draw_sweep(rows, os.path.join(c.out_dir, "eval.png"))
             print(f"{c.out_dir}/eval.png")
         print(json.dumps(result | {"rows": rows} if rows else result), flush=True)
@@ -285,14 +285,15 @@ def load_run(c, ranks, say):
     """The checkpoint c.model, with the sampler that is asked for. -> `Run`"""
     if c.rollout == "vllm":
         import_vllm()                                      # not found: say so before loading
+    cache = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write)
     dtype = getattr(torch, c.dtype)
     model, tokenizer = vlm.load(c.model, ranks.device, dtype, c.max_pixels, c.seed)
     if c.grade and c.stage2:
         text = model.config.text_config
         encode.check_heads(text.num_attention_heads, text.num_key_value_heads, ranks)
     engine = engine_of(c, c.model, model, tokenizer, ranks)
-    return Run(c, ranks, say, model, tokenizer, vlm.banned_ids(model, tokenizer),
-               encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write), engine=engine)
+    return Run(c, ranks, say, model, tokenizer, vlm.banned_ids(model, tokenizer), cache,
+               engine=engine)
 
 
 if __name__ == "__main__":

@@ -339,7 +339,7 @@ def teach(run, prompts, texts, stage2=False):
 # the run
 
 def main(c):
-    if c.mode != "train":
+    if c.mode in ("eval", "grade"):
         return evaluate.main(evaluation(c))
     ranks = start(c.sp, command_line.to_compare(c))
     command_line.check_training(c, ranks)
@@ -352,13 +352,14 @@ def main(c):
             say(f"{field.name} = {getattr(c, field.name)}")
     samples, held_out, grades = load_questions(c, say)
     by_id = {sample.id: sample for sample in samples}
+    cache = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write)
 
     sharded = c.fsdp and ranks.world > 1
     progress = Progress(c, ranks, mmap=sharded)
     if progress.checkpoint:
         done = ", ".join(f"{n} {stage} steps" for stage, n in progress.done.items())
         say(f"going on from {progress.checkpoint}: {done} done")
-    run = load_run(c, ranks, say, progress.checkpoint)
+    run = load_run(c, ranks, say, cache, progress.checkpoint)
 
     # Only the tower of a model made from nothing trains, and only until the cold start has ended.
     from_nothing = c.model == "tiny"
@@ -407,7 +408,7 @@ def load_questions(c, say):
     return samples, held_out, grades
 
 
-def load_run(c, ranks, say, checkpoint):
+def load_run(c, ranks, say, cache, checkpoint):
     """The model of a checkpoint, or else c.model, and what goes with it. -> `Run`"""
     shard_now = c.fsdp and ranks.world > 1 and c.model != "tiny"
     model, tokenizer = vlm.load(checkpoint or c.model, "cpu" if shard_now else ranks.device,
@@ -419,7 +420,6 @@ def load_run(c, ranks, say, checkpoint):
         shard_parameters(model, ranks)
     if c.checkpointing:
         recompute_layers(model)
-    cache = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write)
     ahead = Ahead(data.open_video, c.frames)
     return Run(c, ranks, say, model, tokenizer, vlm.banned_ids(model, tokenizer), cache, ahead)
 

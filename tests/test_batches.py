@@ -1,0 +1,159 @@
+"""python -m pytest tests/test_batches.py -q
+
+Micro-batches: which groups make a forward, and that the size of a forward changes nothing.
+"""
+import itertools
+
+import pytest
+import torch
+from runs import (
+    ALONE,
+    SHORT,
+    STEPS,
+    alone,
+    close,
+    config,
+    group_of,
+    learn,
+    metrics,
+    run_of,
+    summed_gradient,
+)
+
+import model as vlm
+from flow import Ranks
+from plumbing import batches
+from plumbing.batches import cut, group_length, micro_batches, rank_share, split
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return vlm.load("tiny", seed=3)
+
+
+def padded(batch):
+    return len(batch) * max(batch)
+
+
+# --------------------------------------------------------------------------------------------------
+# how groups are cut into forwards
+
+@pytest.mark.method
+def test_micro_batches_keep_the_order_and_the_bound():
+    items = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    for most in (1, 5, 8, 12, 100):
+        found = list(cut(items, lambda x: x, most))
+        assert sum(found, []) == items
+        assert all(len(batch) == 1 or padded(batch) <= most for batch in found)
+        for batch, after in zip(found, found[1:]):         # none could have taken one more
+            assert padded(batch + after[:1]) > most
+    assert list(cut([], len, 5)) == []
+
+
+@pytest.mark.method
+def test_longest_first_no_order_has_fewer_micro_batches():
+    """Every cut is the greedy one of some order."""
+    for items in ([3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8], [1, 1, 1, 6, 6, 6]):
+        for most in (1, 6, 9, 12, 16, 24, 60):
+            counts = [len(list(cut(order, lambda x: x, most)))
+                      for order in itertools.permutations(items)]
+            assert len(list(cut(sorted(items, reverse=True), lambda x: x, most))) == min(counts)
+
+
+@pytest.mark.method
+def test_each_group_is_in_one_micro_batch_whole(tiny):
+    """The longest groups come first; inside a batch the groups stay in their order."""
+    run = run_of(*tiny)
+    groups = [group_of(slot, *tiny) for slot in STEPS["all"]]
+    for most in (1, 150, 400, 1 << 20):
+        found = list(micro_batches(groups, most, run))
+        names = [[prompt.key for prompt in batch.prompts] for batch in found]
+        assert sorted(sum(names, [])) == [f"video {slot}" for slot in STEPS["all"]]
+        assert all(batch == sorted(batch) for batch in names)
+        by_key = {group.prompt.key: group for group in groups}
+        longest = [max(group_length(by_key[key]) for key in batch) for batch in names]
+        assert longest == sorted(longest, reverse=True)
+        for batch, keys in zip(found, names):
+            completions = [x for key in keys for x in by_key[key].completions]
+            assert len(batch.advantages) == len(completions) == 4 * len(keys)
+            for row, x in enumerate(completions):
+                n = len(x.tokens)
+                assert torch.equal(batch.old_logprobs[row, :n], x.logprobs)
+                assert torch.equal(batch.sampled[row, :n], x.sampled)
+                assert not batch.sampled[row, n:].any()    # what is padded carries no loss
+
+
+@pytest.mark.method
+def test_the_groups_of_a_step_are_split_as_even_as_can_be():
+    assert split([4, 7, 9, 2, 5], 2) == [[4, 7, 9], [2, 5]]
+    assert split([4], 3) == [[4]]
+    assert split([], 3) == []
+
+
+@pytest.mark.method
+def test_the_sp_ranks_share_out_each_group_and_with_stage_2_none_does(tiny):
+    groups = [group_of(slot, *tiny) for slot in STEPS["even"]]
+    shares = [rank_share(groups, config(), Ranks(sp=2, sp_rank=rank)) for rank in range(2)]
+    for group, first, second in zip(groups, *shares):
+        assert first.completions + second.completions == group.completions
+        assert torch.equal(torch.cat([first.advantages, second.advantages]), group.advantages)
+        assert len(first.completions) == 2
+    assert rank_share(groups, config(stage2=True), Ranks(sp=2, sp_rank=1)) == groups
+
+
+# --------------------------------------------------------------------------------------------------
+# what the cut must not change
+
+@pytest.mark.method
+def test_the_gradient_of_a_step_does_not_depend_on_how_it_is_cut(tiny):
+    """One forward for each group, some groups together, all in one: equal to float error."""
+    model, tokenizer = tiny
+    model.model.visual.requires_grad_(False)
+    groups = [group_of(slot, model, tokenizer) for slot in STEPS["all"]]
+    for average, divisor in (("sample", 28), ("token", 100)):
+        found = []
+        for most in (1, 150, 1 << 20):
+            run = run_of(model, tokenizer, max_tokens=most, loss_average=average)
+            sums = learn(run, groups, divisor)
+            found.append((sums, *summed_gradient(model, ALONE)))
+        (sums, norm, expected), *others = found
+        assert norm > 0.01
+        assert sums["clip_low"] + sums["clip_high"] > 0
+        for other_sums, other_norm, gradient in others:
+            assert other_sums == pytest.approx(sums, rel=1e-4, abs=1e-4)
+            assert other_norm == pytest.approx(norm, rel=1e-5)
+            assert (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.method
+def test_a_weightless_batch_has_no_loss_and_no_gradient(tiny):
+    """A rank without groups left takes part in it, where parameters are sharded."""
+    model, tokenizer = tiny
+    run = run_of(model, tokenizer)
+    sums = learn(run, [batches.weightless_group(run)], 1)
+    assert sums == dict.fromkeys(sums, 0.0)
+    norm, gradient = summed_gradient(model, ALONE)
+    assert norm == 0
+    assert not gradient.any()
+
+
+def test_the_size_of_a_forward_changes_nothing(run, short, tmp_path):
+    """max_tokens=1: every prompt is sampled alone and every group is its own backward. The step is
+    the same to float error."""
+    alone(**{**run.how, **SHORT, "model": run.model, "max_tokens": 1, "out_dir": tmp_path / "out"})
+    rows = metrics(tmp_path / "out")
+    close(short[:1], rows[:1], 1e-5)
+    close(short, rows, 1e-3)
+
+
+def test_the_size_of_a_forward_changes_nothing_while_the_tower_trains(files, tmp_path):
+    """The whole batch goes through the tower in one call: the first micro-batch's backward freed
+    the graph that the second needs."""
+    rows = []
+    for most in (300, 16384):
+        out = tmp_path / f"{most}"
+        alone(data=files.data, eval_data=files.eval_data, eval_every=0, align_steps=2, sft_steps=1,
+              rl_steps=0, max_tokens=most, out_dir=out)
+        rows.append(metrics(out))
+    close(rows[0][:1], rows[1][:1], 1e-5)
+    close(*rows, 1e-3)

@@ -1,0 +1,312 @@
+"""python -m pytest tests/test_resume.py -q
+
+A run that stops goes on: checkpoints, kills, full disks, half-written and damaged files, and
+another configuration, which is refused.
+"""
+import os
+import resource
+import shutil
+import signal
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+from PIL import Image
+from runs import (
+    ALONE,
+    BOUND,
+    LAST,
+    alone,
+    ended,
+    fingerprint,
+    flags,
+    logged_steps,
+    metrics,
+    one_clear_line,
+    question,
+    refused,
+    run_of,
+    same,
+    script,
+    state,
+    timeless,
+    torchrun,
+    two_ranks,
+    weights,
+    write,
+)
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+import data
+import model as vlm
+import train
+from plumbing import resume
+
+FINISHED = ["curves.png", "metrics.jsonl", "model"]        # beside the checkpoints
+
+
+def checkpoints(*steps):
+    return [f"ckpt-{step}" for step in steps]
+
+
+def newest_name(out_dir):
+    return os.readlink(os.path.join(out_dir, "model"))
+
+
+# --------------------------------------------------------------------------------------------------
+# what is written
+
+def test_a_run_leaves_a_picture_and_the_two_newest_checkpoints(run):
+    with Image.open(os.path.join(run.dir, "curves.png")) as image:
+        image.load()
+        assert image.format == "PNG" and image.width > 500
+        assert len(set(image.convert("L").tobytes())) > 10
+    assert os.path.islink(run.model) and newest_name(run.dir) == f"ckpt-{LAST}"
+    assert sorted(os.listdir(run.dir)) == checkpoints(LAST - 1, LAST) + FINISHED
+    saved = state(run.dir)
+    assert saved["done"] == {"align": 2, "sft": 16, "rl": 7}
+    assert saved["config"] == {**asdict(train.Config()), **run.how, "out_dir": run.dir}
+    assert f"done: {run.model}" in run.out and "held-out accuracy" in run.out
+
+
+def test_the_checkpoint_is_what_transformers_loads(run):
+    """from_pretrained's own attention, tower and splicing, given pixels and our positions, against
+    ours: same log-probs."""
+    theirs = AutoModelForImageTextToText.from_pretrained(run.model, dtype=torch.float32)
+    their_tokenizer = AutoTokenizer.from_pretrained(run.model)
+    ours, tokenizer = vlm.load(run.model)
+    assert same(dict(ours.state_dict()), dict(theirs.state_dict()))
+    assert not same(dict(ours.state_dict()), dict(vlm.load("tiny")[0].state_dict()))
+    video = data.open_video("toy:3", 7)
+    encoded = vlm.encode_video(ours, lambda: video, ALONE)
+    prompt = vlm.make_prompt(ours, tokenizer, "Heads? é <|im_end|> A. yes B. no", *encoded)
+    text = "<think>so</think><answer>A</answer>"
+    tokens = torch.tensor(their_tokenizer(text).input_ids)
+    assert tokens.tolist() == tokenizer(text).input_ids
+    banned = vlm.banned_ids(ours, tokenizer)
+    with torch.no_grad():
+        logprobs, _ = vlm.logprobs(ours, [prompt], [[tokens]], banned)
+        patches, grid = vlm.patchify(video.read(0, 7), ours.pixels)
+        steps = prompt.positions.max() + 1 + torch.arange(len(tokens))
+        positions = torch.cat([prompt.positions, steps.expand(3, -1)], 1)[:, None]
+        logits = theirs(input_ids=torch.cat([prompt.ids, tokens])[None],
+                        pixel_values_videos=patches, video_grid_thw=torch.tensor([grid]),
+                        position_ids=positions).logits[0]
+    logits = logits[len(prompt.ids) - 1:-1].masked_fill(banned, -torch.inf)
+    expected = logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+    assert torch.allclose(logprobs[0], expected, atol=2e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# going on
+
+def test_started_again_a_finished_run_does_nothing_more(run, copied, capsys):
+    before = fingerprint(copied)
+    alone(**run.how, out_dir=copied)
+    out = capsys.readouterr().out
+    assert "going on from" in out and "7 rl steps" in out and "done: " in out
+    assert fingerprint(copied) == before
+
+
+def test_with_more_steps_a_finished_run_goes_on(run, copied):
+    with open(os.path.join(copied, "metrics.jsonl")) as f:
+        before = f.read()
+    alone(**{**run.how, "out_dir": copied, "rl_steps": 9, "eval_every": 0})
+    with open(os.path.join(copied, "metrics.jsonl")) as f:
+        assert f.read().startswith(before)
+    assert [row["step"] for row in metrics(copied, "rl")] == list(range(1, 10))
+    assert newest_name(copied) == f"ckpt-{LAST + 2}"
+    assert not same(weights(copied), weights(run.dir))
+
+
+def kill_after(processes, out, stage, step):
+    """SIGKILL to both ranks once they have logged this step."""
+    start = time.monotonic()
+    while (stage, step) not in logged_steps(out):
+        if time.monotonic() - start > BOUND or [p.poll() for p in processes] != [None, None]:
+            break
+        time.sleep(0.005)
+    for p in processes:
+        p.send_signal(signal.SIGKILL)
+    assert [p.wait() for p in processes] == [-signal.SIGKILL] * 2
+
+
+def test_a_run_that_is_killed_and_started_again_is_as_if_never_stopped(run, tmp_path):
+    """SIGKILL to all ranks between two checkpoints, once in the cold start, once in RL. What was
+    logged after the checkpoint is logged again, once; every number and every bit of the weights is
+    that of the run that was never stopped."""
+    out = str(tmp_path / "out")
+    arguments = flags(**run.how, out_dir=out)
+    with open(tmp_path / "log", "w+") as log:
+        # Checkpoints are at steps 3 and 6 of the cold start, and of RL.
+        for stage, step, kept in (("sft", 4, 5), ("rl", 4, LAST - 4)):
+            kill_after(two_ranks(arguments, (log, log)), out, stage, step)
+            saved = state(out)
+            assert saved["step"] >= kept
+            assert len(metrics(out)) > saved["lines"]      # else nothing would have to be cut
+            with open(os.path.join(out, "metrics.jsonl"), "a") as f:
+                f.write('{"step": 5, "sta')                # killed while it wrote a line
+        processes = two_ranks(arguments, (log, log))
+        assert [p.wait(BOUND) for p in processes] == [0, 0], (tmp_path / "log").read_text()
+    assert timeless(metrics(out)) == timeless(metrics(run.dir))
+    assert same(weights(out), weights(run.dir))
+    a, b = state(out), state(run.dir)
+    assert all(same(a[key], b[key]) for key in ("optimizer", "curriculum", "done", "lines"))
+
+
+def test_a_bfloat16_run_goes_on_bit_for_bit(run, tmp_path):
+    """Also the part of its weights that bfloat16 does not hold."""
+    how = {**run.how, "model": run.model, "sft_steps": 2, "eval_every": 0, "dtype": "bfloat16",
+           "lr": 1e-5, "save_every": 1}
+    alone(**{**how, "rl_steps": 4, "out_dir": str(tmp_path / "whole")})
+    alone(**{**how, "rl_steps": 2, "out_dir": str(tmp_path / "parts")})
+    alone(**{**how, "rl_steps": 4, "out_dir": str(tmp_path / "parts")})
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    whole, parts = (state(tmp_path / name)["copies"] for name in ("whole", "parts"))
+    assert whole and same(list(whole), list(parts)) and whole[0].dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------
+# going on with something else
+
+@pytest.mark.parametrize("key, value", dict(
+    seed=1, lr=0.5, group_size=8, data="toy", model="the run's", frames=4, align_steps=3).items())
+def test_another_configuration_is_refused_by_key(run, copied, key, value):
+    if key == "model":
+        value = run.model
+    before = run.how.get(key, getattr(train.Config(), key))
+    refused({**run.how, "out_dir": copied, key: value}, "another configuration",
+            f"{key} = {before!r} there", f"{value!r} here")
+
+
+@pytest.mark.method
+def test_a_hyperparameter_that_a_checkpoint_lacks_counts_as_its_default():
+    """A run of an older commit goes on after one was added, unless it is given another value."""
+    saved = asdict(train.Config())
+    del saved["oversample_cap"]
+    resume.check_same_run(train.Config(), saved, "ckpt-1")
+    with pytest.raises(ValueError, match="oversample_cap = 8.0 there, 2.0 here"):
+        resume.check_same_run(train.Config(oversample_cap=2.0), saved, "ckpt-1")
+
+
+@pytest.mark.method
+def test_a_hyperparameter_that_is_gone_does_not_keep_a_run_from_going_on():
+    """Checkpoints of older commits have `compile` in their configuration."""
+    c = train.Config()
+    assert not hasattr(c, "compile")
+    resume.check_same_run(c, {**asdict(c), "compile": True}, "ckpt-1")
+
+
+def test_more_cold_start_is_refused_or_right_once_rl_has_begun(run, copied):
+    """sft_steps may change, but RL's optimizer was then loaded into the cold start's: the tiny
+    model's has more parameters, a loaded model's took RL's moments and draws without a word."""
+    try:
+        alone(**{**run.how, "out_dir": copied, "sft_steps": 18})
+    except ValueError as e:
+        assert "sft_steps" in str(e), e
+    else:
+        taught = [row["step"] for row in metrics(copied, "sft") if "loss" in row]
+        assert taught == list(range(1, 19))
+
+
+def test_other_evaluation_does_not_change_what_is_trained_on(run, tmp_path):
+    """eval_data may change, but without it a part of data is held out: given later, the held-out
+    part was trained on."""
+    samples = [data.Sample(str(seed), "", "", "", f"toy:{seed}:1") for seed in range(200)]
+    held_out = [int(sample.id) for sample in data.split(samples)[1]][:3]
+    others = [seed for seed in range(6) if seed not in held_out]
+    path, out = write(tmp_path / "q.jsonl", *map(question, held_out + others)), tmp_path / "out"
+    how = {**run.how, "model": run.model, "data": path, "sft_steps": 0, "eval_every": 0,
+           "prompts_per_step": 2, "out_dir": out}
+    alone(**{**how, "eval_data": "", "rl_steps": 1})
+    try:
+        alone(**{**how, "rl_steps": 6})
+    except ValueError as e:
+        assert "eval_data" in str(e)
+    else:
+        assert not {f"q{seed}" for seed in held_out} & set(state(out)["curriculum"]["recent"])
+
+
+# --------------------------------------------------------------------------------------------------
+# full disks, half-written and damaged checkpoints
+
+def limit_files():
+    """No file of more than 1 MB can be written."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+
+def test_a_full_disk_ends_all_ranks_and_the_last_checkpoint_stays(run, copied):
+    """Files of more than 1 MB cannot be written: the next checkpoint fails. With room again the run
+    goes on as if nothing was."""
+    def checkpoint():
+        return newest_name(copied), fingerprint(os.path.join(copied, "model"))
+
+    before = checkpoint()
+    more = {**run.how, "out_dir": copied, "rl_steps": 8, "eval_every": 0}
+    result = ended(torchrun(*flags(**more), preexec_fn=limit_files))
+    one_clear_line(result, f"could not write checkpoint {copied}/ckpt-{LAST + 1}",
+                   f"The last good one is {copied}/ckpt-{LAST}")
+    assert checkpoint() == before
+    assert not [name for name in os.listdir(copied) if name.endswith(".tmp")]
+    alone(**more)
+    assert [row["step"] for row in metrics(copied, "rl")] == list(range(1, 9))
+    assert newest_name(copied) == f"ckpt-{LAST + 1}"
+
+
+@pytest.mark.parametrize("room", [1 << 12, 1 << 20, 5 << 20])
+def test_a_checkpoint_that_does_not_fit_leaves_no_trace(run, copied, room):
+    """4 kB: not even the tokenizer; 1 MB: the weights; 5 MB: the optimizer's state, which torch
+    reports in its own way."""
+    half_done = run_of(*vlm.load(run.model), out_dir=copied)
+    next_state = state(run.dir) | {"step": LAST + 1, "previous": LAST}
+    sizes = [os.path.getsize(os.path.join(run.model, name))
+             for name in ("model.safetensors", "training_state.pt")]
+    assert sizes[0] < 5 << 20 < sizes[1]
+    before, limits = fingerprint(copied), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"ckpt-{LAST + 1}.*last good one is .*ckpt-{LAST}"):
+            resume.save(half_done, next_state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert fingerprint(copied) == before
+    resume.save(half_done, next_state)
+    assert sorted(os.listdir(copied)) == checkpoints(LAST, LAST + 1) + FINISHED
+    assert same(weights(copied), weights(run.dir))
+    assert resume.newest(copied) == os.path.join(os.path.realpath(copied), f"ckpt-{LAST + 1}")
+
+
+def test_what_a_kill_leaves_half_written_is_in_nobodys_way(run, copied):
+    """Killed between making the new link and moving it, a run left model.tmp behind, and no later
+    save could make its own."""
+    following = os.path.join(copied, f"ckpt-{LAST + 1}")
+    os.makedirs(following + ".tmp")
+    shutil.copytree(os.path.join(copied, f"ckpt-{LAST}"), following)   # renamed, not yet linked
+    os.symlink(f"ckpt-{LAST + 1}", os.path.join(copied, "model.tmp"))
+    alone(**{**run.how, "out_dir": copied, "rl_steps": 8, "eval_every": 0})
+    assert newest_name(copied) == f"ckpt-{LAST + 1}"
+    assert not same(weights(copied), weights(run.dir))
+    assert sorted(os.listdir(copied)) == checkpoints(LAST, LAST + 1) + FINISHED
+
+
+def test_a_damaged_or_lost_checkpoint_ends_the_run(copied, run, monkeypatch):
+    """A link that led nowhere began anew in silence, and wrote over the older checkpoint; half a
+    file was a traceback."""
+    before, how = fingerprint(copied), flags(**{**run.how, "out_dir": copied, "rl_steps": 8})
+    path = os.path.join(copied, "model", "training_state.pt")
+    os.truncate(path, os.path.getsize(path) // 2)
+    line = script(monkeypatch, *how)
+    assert line.startswith(f"train.py: {copied}/ckpt-{LAST}/training_state.pt: damaged")
+    assert "\n" not in line
+    shutil.rmtree(os.path.join(copied, f"ckpt-{LAST}"))
+    line = script(monkeypatch, *how)
+    assert f"{copied}/model leads to a checkpoint that is gone" in line and "\n" not in line
+    kept = {name: x for name, x in before.items() if not name.startswith(f"ckpt-{LAST}")}
+    assert fingerprint(copied) == kept
+
+
+@pytest.mark.method
+def test_a_folder_without_a_checkpoint_begins_a_run(tmp_path):
+    assert resume.newest(tmp_path) is None
+    assert resume.find(str(tmp_path), ALONE) is None
