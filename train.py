@@ -6,8 +6,8 @@ Teach a vision-language model to reason about long videos. One script, from one 
   GPU boxes           one command a model in docs/gpu.md
 
 Two stages, as in the papers: cold start (it learns to write its thinking down, from a teacher),
-then RL (its own answers, verified, make it right). A model made from nothing learns to see first.
-Started again with the same out_dir, a run goes on where it stopped.
+then RL (its own answers are verified, and what was right is reinforced). Before these, a randomly
+initialised model learns to see. Started again with the same out_dir, a run resumes.
 """
 import gc
 import math
@@ -46,7 +46,6 @@ from plumbing.resume import newest
 from plumbing.sharding import recompute_layers, shard_parameters
 from plumbing.stages import Progress, Stage
 from plumbing.store import Ahead
-from plumbing.sweep import sweep
 from plumbing.vllm_engine import import_vllm
 from rollout import budgets, engine_of, rollout, room
 
@@ -133,7 +132,7 @@ def reinforce(run, stage, by_id, held_out):
         #    the same vision tokens serve all G completions and the training below (MR-SP, stage 1).
         with clock("encode"):
             groups = encode_questions(run, stage, drawn)
-        if step + 1 < c.rl_steps:
+        if step + 1 < c.rl_steps:          # meanwhile threads decode what will likely be drawn next
             data.read_ahead(run, [by_id[id] for id in curriculum.peek(asked)])
 
         # 3. Roll out. G completions over one shared prefix. One that thinks too long gets
@@ -162,8 +161,8 @@ def reinforce(run, stage, by_id, held_out):
         kept = balanced(accuracies, c.prompts_per_step)                                    # slots
         metrics.warn_of_shortage(run, step, len(kept), signal, len(accuracies), capped)
 
-        # 6. Learn. Each optimizer step has groups of its own, dealt out so that all ranks do as
-        #    much (GLM-4.1V §5.4). The divisor is that of the whole step, over all ranks.
+        # 6. Learn. Each update has groups of its own, dealt out so that all ranks do equal work
+        #    (GLM-4.1V §5.4). Its loss is divided by what the update has over all ranks.
         norms, balance, skipped = [], [], 0
         with clock("train"):
             for part in split(kept, c.updates_per_rollout):
@@ -172,11 +171,11 @@ def reinforce(run, stage, by_id, held_out):
                 for batch in micro_batches(rank_share(mine, c, ranks), c.max_tokens, run):
                     logprobs, entropy = vlm.logprobs(run.model, batch.prompts, batch.tokens,
                                                      run.banned, ranks=sharers(c, ranks))
-                    loss, clipped = grpo.policy_loss(
+                    loss, clip_counts = grpo.policy_loss(
                         logprobs, batch.old_logprobs, batch.advantages, batch.sampled,
                         c.clip_low, c.clip_high, c.loss_average, loss_divisor(part, facts, c))
                     loss.backward()
-                    meter.add(batch, logprobs, entropy, clipped)
+                    meter.add(batch, logprobs, entropy, clip_counts)
                 meter.end_update(ranks, c.stage2)
                 metrics.check_gap(meter.sampler_gap()[0], c.dtype)
                 n = step * c.updates_per_rollout + len(norms)
@@ -202,9 +201,11 @@ def reinforce(run, stage, by_id, held_out):
 
 
 def draw_multiple(c, ranks):
-    """How many questions are drawn is a multiple of this: every dp group gets as many. Even where
-    it can be, so that one rank and two draw the same."""
-    return math.lcm(math.gcd(2, c.prompts_per_step), ranks.dp)
+    """The number of questions drawn is rounded up to a multiple of this: of dp, so that every dp
+    group gets equally many, and of 2 if prompts_per_step is even, so that runs with dp = 1 and
+    dp = 2 draw the same questions."""
+    even = 2 if c.prompts_per_step % 2 == 0 else 1
+    return math.lcm(even, ranks.dp)
 
 
 def encode_questions(run, stage, drawn):
@@ -264,7 +265,7 @@ def describe(group):
 
 
 def loss_divisor(slots, facts, c):
-    """Completions of a whole optimizer step, or sampled tokens where these have equal weights."""
+    """The completions of a whole update, or its sampled tokens if these have equal weights."""
     if c.loss_average == "sample":
         return len(slots) * c.group_size
     return sum(x["sampled"] for slot in slots for x in facts[slot])
@@ -343,7 +344,6 @@ def main(c):
         return evaluate.main(evaluation(c))
     ranks = start(c.sp, command_line.to_compare(c))
     command_line.check_training(c, ranks)
-    sweep(c)
     if c.rollout == "vllm":
         import_vllm()                      # not found: say so now, not after the cold start
     say = printer(ranks)

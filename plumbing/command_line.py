@@ -14,6 +14,8 @@ import sys
 from dataclasses import MISSING, asdict, fields
 from typing import get_args, get_origin
 
+from plumbing.sweep import sweep
+
 # What other trainers call it -> what we call it.
 OTHER_NAMES = {
     "learning_rate": "lr", "batch_size": "prompts_per_step", "train_batch_size": "prompts_per_step",
@@ -169,6 +171,7 @@ def check_sampling(c, ranks):
 def check_training(c, ranks):
     """Raises ValueError where a train.Config cannot work."""
     check_sampling(c, ranks)
+    sweep(c)                               # for --mode=eval: raises if it cannot be run
     check_choice(c, "mode", ("train", "eval", "grade"))
     check_choice(c, "loss_average", ("sample", "token"))
     check_range(c, 1, math.inf, "sft_batch", "updates_per_rollout", "save_every")
