@@ -151,11 +151,8 @@ def noise_video(frames, size, seed=0):
 
 
 def load(name, device, dtype, seed):
-    """As `model.load`; 3b and 7b have random weights, made where and as they stay.
-
-    Their tokenizer is the tiny model's, whose ids are the first of theirs. The other ids are
-    banned, which costs as much.
-    """
+    """As `model.load`; 3b and 7b have random weights, made where and as they stay. Their tokenizer
+    is the tiny model's, whose ids are the first of theirs."""
     if name not in memory.SHAPES:
         return vlm.load(name, device, dtype, seed=seed)
     tiny, tokenizer, pixels = build_tiny(seed)
@@ -231,8 +228,10 @@ class Workload:
             recompute_layers(self.model)
         self.optimizer = make_optimizer(self.model, LR)
         self.banned = vlm.banned_ids(self.model, self.tokenizer)
-        # No completion may end before it has L tokens.
+        # No completion may end before it has L tokens. Ids beyond the tokenizer's have no text, and
+        # need none here: to ban a named shape's 150,000 is more than vLLM takes.
         self.banned[vlm.stop_ids(self.model, self.tokenizer)] = True
+        self.banned[len(self.tokenizer):] = False
         self.cache = encode.Cache()
         self.engine = None
         if row.rollout == "vllm":

@@ -20,6 +20,7 @@ from plumbing.store import sha256
 from plumbing.streams import stream
 
 VERSION = "0.32.0"
+MOST_BANNED = 1024        # ids with a bias of their own, in vLLM's second model runner
 LEAST_BATCH = 8192        # tokens; a video with more vision tokens than vLLM's batch is refused
 
 
@@ -217,7 +218,11 @@ class VLLM:
         """
         if not requests:
             return []
-        bias = dict.fromkeys(banned.nonzero()[:, 0].tolist(), -100.0)
+        banned_ids = banned.nonzero()[:, 0].tolist()
+        if len(banned_ids) > MOST_BANNED:
+            raise ValueError(f"{len(banned_ids)} ids are banned, and vLLM takes at most "
+                             f"{MOST_BANNED} on a GPU: sample with --rollout=torch")
+        bias = dict.fromkeys(banned_ids, -100.0)
         inputs, params = [], []
         for prompt, written, key in requests:
             inputs.append(self.input(prompt, written))

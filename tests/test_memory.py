@@ -17,6 +17,7 @@ import model as vlm
 import rollout
 from flow import Ranks
 from plumbing import memory
+from plumbing.vllm_engine import MOST_BANNED
 
 SMALL_SHAPE = {
     "text_config": dict(
@@ -172,6 +173,17 @@ def test_random_weights_in_a_named_shape_are_made_in_their_dtype(monkeypatch):
         assert x.dtype == torch.bfloat16
         assert torch.equal(x, y)
     assert a.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_few_enough_ids_are_banned_for_vllm(monkeypatch):
+    """On a GPU it takes a bias for at most 1,024 ids. In the shape of 3b all ids that the tiny
+    model's tokenizer does not have were banned, some 151,000 of them."""
+    text = SMALL_SHAPE["text_config"] | {"vocab_size": 5000}
+    monkeypatch.setitem(memory.SHAPES, "small", SMALL_SHAPE | {"text_config": text})
+    for name in ("tiny", "small"):
+        work = bench.Workload(make_row("shared", model=name), Ranks())
+        stops = vlm.stop_ids(work.model, work.tokenizer)
+        assert work.banned[stops].all() and 0 < int(work.banned.sum()) <= MOST_BANNED
 
 
 def test_train_flops_are_those_of_the_matrices():

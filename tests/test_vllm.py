@@ -25,6 +25,7 @@ from flow import Ranks, Run
 from plumbing import sharding
 from plumbing.optimizer import count_update, update
 from plumbing.ranks import leave, start
+from plumbing.vllm_engine import MOST_BANNED
 
 ROOT = Path(__file__).parent.parent
 ALONE = Ranks()
@@ -268,6 +269,12 @@ def test_every_fused_update_reaches_vllm_once(engine, ours, monkeypatch):
             p.copy_(kept[n])
     count_update(model)
     model.model.visual.requires_grad_(True)
+
+
+def test_more_banned_ids_than_vllm_takes_are_refused(engine, ours, prompts):
+    many = torch.ones(MOST_BANNED + 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match="1025 ids are banned, and vLLM takes at most 1024"):
+        rollout.rollout(*ours, prompts[:1], keys(1, 2), ALONE, engine=engine, banned=many, **HOW)
 
 
 def test_a_weight_that_does_not_arrive_ends_the_run(engine, ours):
