@@ -296,7 +296,7 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=Fal
 @dataclass
 class Options:
     model: str               # a checkpoint directory or hub name
-    video: str               # a file, a folder of pictures, a picture, or toy:SEED
+    video: str               # a file, a picture, a folder of them, toy:SEED, toy:reading-SEED, ...
     question: str = ""       # optional for toy:SEED, which brings its own
     frames: int = 32
     max_pixels: int = 0      # of one frame; 0: the checkpoint's own bound

@@ -92,9 +92,25 @@ def update(model, optimizer, lr, ranks):
         with torch.no_grad():
             for p, copy in copies:
                 p.copy_(copy)
+        count_update(model)
     optimizer.zero_grad(set_to_none=True)
     model.zero_grad(set_to_none=True)
     return norm
+
+
+def count_update(model):
+    """Note that the weights of a model have changed, for whoever keeps a copy or a hash of them.
+
+    The tensors' own versions are raised here too: a fused optimizer, which GPUs have, does not
+    raise them.
+    """
+    model.updates = updates(model) + 1
+    torch.autograd.graph.increment_version([p for p in model.parameters() if p.requires_grad])
+
+
+def updates(model):
+    """How many updates a model has had in this process: a number that changes with its weights."""
+    return getattr(model, "updates", 0)
 
 
 def warmed_up(n, warmup):

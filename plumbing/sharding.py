@@ -53,13 +53,10 @@ def one_forward(work):
 
 
 @contextmanager
-def gathered(model, unless=None):
+def gathered(model):
     """For sampling: every rank holds all parameters whole and runs as many forwards as it needs.
-
-    All ranks enter and leave together. unless: the other sampler, if there is one; nothing is
-    gathered then.
-    """
-    if unless or not isinstance(model, FSDPModule):
+    All ranks enter and leave together."""
+    if not isinstance(model, FSDPModule):
         yield
         return
     model.set_reshard_after_forward(False)

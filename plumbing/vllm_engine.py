@@ -14,6 +14,7 @@ import torch
 
 from flow import Completion, Prompt
 from plumbing.families import decode, stop_ids, vision_pad
+from plumbing.optimizer import updates
 from plumbing.sharding import weights
 from plumbing.store import sha256
 from plumbing.streams import stream
@@ -88,7 +89,7 @@ class VLLM:
         self.pad = vision_pad(model.config)
         self.shared = share and ranks.sp > 1
         self.cuda = ranks.device != "cpu"
-        self.version = None                                # of the weights that vLLM has
+        self.version = None                # how many updates the weights had that vLLM has
         glm = model.config.model_type == "glm4v"
         self.modality = "image" if glm else "video"        # GLM-4.1V writes a video as pictures
         options = self.options(model, ranks, length, memory, glm)
@@ -141,8 +142,7 @@ class VLLM:
             # torch keeps the memory that training freed, and vLLM takes its own from the driver.
             torch.cuda.empty_cache()
             self.llm.wake_up()
-        version = weights_version(model)
-        if version == self.version:
+        if updates(model) == self.version:
             return
         # A head that is tied to the embeddings is given under its own name too: else vLLM has none.
         to_load = ((name, w) for name, w in weights(model, tied=True) if ".visual." not in name)
@@ -150,7 +150,7 @@ class VLLM:
         self.llm.reset_prefix_cache()
         # reload_weights empties the worker's cache of embeddings; the scheduler must know of it.
         self.llm.llm_engine.reset_encoder_cache()
-        self.version = version
+        self.version = updates(model)
 
     def rest(self):
         """Give the GPU's memory to the training that follows."""
@@ -249,11 +249,6 @@ class VLLM:
         return {"prompt_token_ids": ids + written,
                 "multi_modal_data": {self.modality: embeddings},
                 "multi_modal_uuids": {self.modality: names}}
-
-
-def weights_version(model):
-    """A number that changes whenever a parameter is written to."""
-    return sum(p._version for p in model.parameters())
 
 
 def refuse_missing_weights(inner):

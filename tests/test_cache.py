@@ -30,6 +30,8 @@ import encode
 import model as vlm
 import train
 from curriculum import Curriculum
+from flow import Run
+from plumbing import command_line
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ALONE = encode.Ranks()
@@ -73,6 +75,11 @@ class Maker:
     def __call__(self):
         self.calls += 1
         return torch.arange(6, dtype=self.dtype).view(2, 3) + self.calls, (2, 2, 2), 1 / 3
+
+
+def run_of(model, cache, config):
+    """What `data.vision_tokens` needs of a run."""
+    return Run(config, ALONE, print, model, None, None, cache)
 
 
 def never():
@@ -130,7 +137,7 @@ def test_a_key_changes_with_content_sampling_pixels_dtype_and_tower(tmp_path, ti
     loaded = vlm.load(tiny)[0]
 
     def key(path, model=loaded, cache=one_cache, **how):
-        return train.video_key(model, path, train.Config(**how), cache)
+        return data.video_key(run_of(model, cache, train.Config(**how)), path)
 
     def other(change):
         model = copy.deepcopy(loaded)
@@ -292,7 +299,7 @@ def test_a_folder_that_cannot_be_is_one_clear_line_at_the_start(tmp_path):
     assert not (tmp_path / "out").exists()
     for bad in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="cache_gb"):
-            train.check(train.Config(cache_gb=bad), ALONE)
+            command_line.check_training(train.Config(cache_gb=bad), ALONE)
 
 
 def test_nothing_is_kept_of_a_video_that_failed(tmp_path, lines):
@@ -310,15 +317,16 @@ def test_nothing_is_kept_of_a_video_that_failed(tmp_path, lines):
 
 
 def test_cached_tokens_are_the_fresh_ones_and_a_changed_file_gives_new_ones(tmp_path, tiny):
-    """Through `train.see`, with a real clip. Then its content changes under its name, frame count
-    and all."""
+    """Through `data.vision_tokens`, with a real clip. Then its content changes under its name, frame
+    count and all."""
     model = vlm.load(tiny)[0]
     c = train.Config(frames=6, cache_dir=str(tmp_path / "c"))
     path = clip(tmp_path / "a.mp4", 0)
     seen = []
 
     def see(cache):
-        return train.see(model, path, train.video_key(model, path, c, cache), c, ALONE, cache)
+        run = run_of(model, cache, c)
+        return data.vision_tokens(run, path, data.video_key(run, path))
 
     def encode_fresh():
         return vlm.encode_video(model, lambda: data.open_video(path, 6), ALONE)
@@ -345,7 +353,8 @@ def test_a_video_that_changes_while_it_is_read_is_no_entry(tmp_path, tiny, monke
     cache = encode.Cache(folder=c.cache_dir)
 
     def see():
-        return train.see(model, path, train.video_key(model, path, c, cache), c, ALONE, cache)
+        run = run_of(model, cache, c)
+        return data.vision_tokens(run, path, data.video_key(run, path))
 
     def open_and_change(path, frames):
         video = real(path, frames)
@@ -633,7 +642,7 @@ def test_cache_and_reading_ahead_change_no_number(brought, tmp_path):
     brought.look("alone", "case_whole_run")
     options = {**small_run(brought.folder), "rl_steps": 4, "out_dir": tmp_path / "out"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "read_ahead", lambda *_: None)
+        patch.setattr(data, "read_ahead", lambda *_: None)
         patch.setattr(encode.Cache, "get", lambda self, key, make, ranks: make())
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -13,23 +13,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_bench import SMALL_SHAPE, Live, settings
-from test_train import (
+from runs import (
     ALONE,
     SMALL,
     STEPS,
     alone,
     close,
     ended,
-    files,  # noqa: F401  a fixture
     flags,
     group_of,
+    learn,
     metrics,
-    one_thread,  # noqa: F401  a fixture
+    run_of,
     same,
     torchrun,
     weights,
 )
+from test_bench import make_row
+from test_memory import SMALL_SHAPE, Live
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForImageTextToText
 
@@ -38,8 +39,11 @@ import encode
 import model as vlm
 import rollout as rollout_file
 import train
-from plumbing import sharding
-from rollout import leave, rollout
+from plumbing import memory, sharding
+from plumbing.metrics import Clock
+from plumbing.optimizer import make_optimizer, update
+from plumbing.ranks import gather, leave
+from rollout import rollout
 
 # ranks: (sp, stage2)
 LAYOUTS = {2: [(1, False), (2, False), (2, True)], 4: [(2, False), (2, True), (1, False)]}
@@ -77,8 +81,7 @@ def some_steps(ranks, stage2, fsdp):
     model.model.visual.requires_grad_(False)
     if fsdp:
         sharding.shard_parameters(model, ranks)
-    c = train.parse(flags(**SMALL, stage2=stage2, max_tokens=150))
-    banned = vlm.banned_ids(model, tokenizer)
+    run = run_of(model, tokenizer, ranks, stage2=stage2, max_tokens=150)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], momentum=0.9)
 
     def mine(xs):
@@ -90,7 +93,7 @@ def some_steps(ranks, stage2, fsdp):
     sampled, sums, norms, after = {}, {}, {}, {"start": whole()}
 
     def step(name, optimizer=optimizer):
-        norms[name] = train.update(model, optimizer, 0.1, ranks)
+        norms[name] = update(model, optimizer, 0.1, ranks)
         after[name] = whole()
 
     for name, slots in STEPS.items():
@@ -101,29 +104,24 @@ def some_steps(ranks, stage2, fsdp):
                           answer_budget=3)
         for g, xs in zip(groups, answers):
             sampled[name, g.slot] = [x.tokens.tolist() for x in xs]
-        every = train.gather(train.grpo_step(model, groups, c, ranks, banned, len(slots) * 4),
-                             ranks)
-        sums[name] = {}
-        for key in every[0]:
-            combine = max if key == "gap_max" else sum
-            sums[name][key] = combine(s[key] for s in every)
+        sums[name] = learn(run, groups, len(slots) * 4)
         step(name)
     prompts = mine([(None, group_of(slot, model, tokenizer).prompt) for slot in (0, 2, 3)])
     if not stage2:
         prompts = prompts[ranks.sp_rank::ranks.sp]
     texts = ["so" + " red" * len(p.ids) for _, p in prompts]
-    sums["sft"] = train.sft_step(model, tokenizer, prompts, texts, c, ranks, banned, stage2)
+    sums["sft"] = train.teach(run, prompts, texts, stage2)
     step("sft")
     bad = group_of(1, model, tokenizer)
     bad.completions = [replace(x, logprobs=x.logprobs * math.nan) for x in bad.completions]
     last = ranks.dp_rank == ranks.dp - 1
-    train.grpo_step(model, [bad] if last else [], c, ranks, banned, 4)
+    learn(run, [bad] if last else [], 4)
     step("bad")
-    train.grpo_step(model, [], c, ranks, banned, 4)
-    adam = train.make_optimizer(model, 1e-3)
+    learn(run, [], 4)
+    adam = make_optimizer(model, 1e-3)
     step("none", adam)
     held = sum(local(x).numel() for x in [*adam.param_groups[0]["params"], *moments(adam)])
-    sampled, norms, held = (train.gather(x, ranks) for x in (sampled, norms, held))
+    sampled, norms, held = (gather(x, ranks) for x in (sampled, norms, held))
     return SimpleNamespace(sampled={k: v for part in sampled for k, v in part.items()}, sums=sums,
                            norms=norms, after=after, held=held)
 
@@ -149,9 +147,8 @@ def tied(ranks, folder):
     model.lm_head.weight = model.get_input_embeddings().weight
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
     sharding.shard_parameters(model, ranks)
-    c, banned = train.parse(flags(**SMALL)), vlm.banned_ids(model, tokenizer)
-    train.grpo_step(model, [group_of(ranks.rank, model, tokenizer)], c, ranks, banned, 4)
-    norm = train.update(model, train.make_optimizer(model, 1e-2), 1e-2, ranks)
+    learn(run_of(model, tokenizer, ranks), [group_of(ranks.rank, model, tokenizer)], 4)
+    norm = update(model, make_optimizer(model, 1e-2), 1e-2, ranks)
     engine = Reader()                                      # on a rank without prompts too
     prompts, keys = ([None], [[(0,)]]) if ranks.rank == 0 else ([], [])
     rollout(model, tokenizer, prompts, keys, ranks, engine=engine)
@@ -163,26 +160,26 @@ def tied(ranks, folder):
 
 
 def peaks(ranks, **how):
-    """-> `bench.memory` of a step with everything sharded, and what it takes at once, per phase."""
-    a = settings("shared+sp", model="small", cache="warm", size=112, dtype="bfloat16", sp=2, **how)
-    work, most = bench.Work(a, ranks), {}
-    live = Live()
+    """-> `memory.memory` of a step with everything sharded, and what it takes at once, per phase."""
+    row = make_row("shared+sp", model="small", cache="warm", size=112, dtype="bfloat16", sp=2,
+                   **how)
+    work, most, live = bench.Workload(row, ranks), {}, Live()
     sharding.shard_parameters(work.model, ranks)
-    work.optimizer, a, prompt = train.make_optimizer(work.model, 1e-6), work.a, work.see()
-    real = rollout_file.rollout, train.grpo_step, train.update
-    train.update = lambda *_: 0.0
-    with live:
-        work.step(0, train.Clock())                        # leaves gradients: the next step adds
-        rollout_file.rollout = live.watch("rollout", real[0], most)
-        train.grpo_step = live.watch("training", real[1], most)
-        work.step(1, train.Clock())
-    rollout_file.rollout, train.grpo_step, train.update = real
-    train.update(work.model, work.optimizer, 1e-6, ranks)
+    work.optimizer = make_optimizer(work.model, 1e-6)
+    prompt = work.prompt()
+    with pytest.MonkeyPatch.context() as patch, live:
+        patch.setattr(bench, "update", lambda *_: 0.0)
+        work.step(0, Clock())                              # leaves gradients: the next step adds
+        patch.setattr(rollout_file, "rollout", live.watch("rollout", rollout_file.rollout, most))
+        patch.setattr(bench, "forward_backward",
+                      live.watch("training", bench.forward_backward, most))
+        work.step(1, Clock())
+    update(work.model, work.optimizer, 1e-6, ranks)
     sizes = {"weights": nbytes(work.model.parameters()),
              "optimizer": nbytes(moments(work.optimizer))}
-    text = len(prompt.ids) - len(prompt.vision)
-    computed = bench.memory(work.model.config, a.frames, a.size, a.group, a.completion,
-                            torch.bfloat16, 2, a.checkpointing, 2, text)
+    computed = memory.memory(
+        work.model.config, row.frames, row.size, row.group, row.completion, torch.bfloat16, sp=2,
+        checkpointing=row.checkpointing, shards=2, text=len(prompt.ids) - len(prompt.vision))
     return computed, sizes, most
 
 
@@ -203,10 +200,10 @@ def worker(world, folder, data, eval_data):
     if world == 2:
         tied(ranks, folder)
         text = SMALL_SHAPE["text_config"] | {"num_key_value_heads": 2}
-        bench.SHAPES["small"] = SMALL_SHAPE | {"text_config": text}
+        memory.SHAPES["small"] = SMALL_SHAPE | {"text_config": text}
         found = [peaks(ranks, **how) for how in MEMORY]
         untied = {"tie_word_embeddings": False}
-        bench.SHAPES["small"] = SMALL_SHAPE | {"text_config": text | untied} | untied
+        memory.SHAPES["small"] = SMALL_SHAPE | {"text_config": text | untied} | untied
         found.append(peaks(ranks, **MEMORY[0]))
         if ranks.rank == 0:
             torch.save(found, f"{folder}/memory.pt")

@@ -8,8 +8,10 @@ import pytest
 import torch
 from runs import ALONE, same
 
+import encode
+import model as vlm
 from plumbing import optimizer
-from plumbing.optimizer import falling, make_optimizer, update, warmed_up
+from plumbing.optimizer import falling, make_optimizer, update, updates, warmed_up
 
 
 @pytest.mark.method
@@ -41,17 +43,39 @@ def test_bfloat16_weights_follow_updates_smaller_than_their_own_steps():
         model = torch.nn.Linear(64, 64, bias=False)
         torch.nn.init.normal_(model.weight, std=0.02)
         model.weight.data = model.weight.data.to(torch.bfloat16).to(dtype)
-        start, version = model.weight.detach().float().clone(), model.weight._version
+        start = model.weight.detach().float().clone()
         adam = make_optimizer(model, 1e-6)
         for _ in range(300):
             model.weight.grad = torch.full_like(model.weight, 0.01)
             update(model, adam, 1e-6, ALONE)
         ends.append(model.weight.detach().float() - start)
         assert model.weight.grad is None
-        assert model.weight._version > version, "vLLM is told by the version"
+        assert updates(model) == 300, "vLLM is told by their number"
     right, got = (float(x.mean()) for x in ends)
     assert right < -2e-4
     assert got == pytest.approx(right, rel=0.4)            # to the half step of its last rounding
+
+
+@pytest.mark.method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_update_is_counted_like_any_other(dtype):
+    """A fused optimizer, which GPUs have, does not raise the tensors' versions. By these vLLM was
+    told of new weights, and the cache of a new tower: both kept the old ones for ever."""
+    model, _ = vlm.load("tiny", dtype=dtype)
+    tower = model.model.visual
+    parameters = list(model.parameters())
+    weights = [p if dtype == torch.float32 else p.detach().float() for p in parameters]
+    adam = torch.optim.AdamW(weights, 1e-2, fused=True)
+    cache, keys = encode.Cache(), set()
+    for number in range(1, 4):
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        update(model, adam, 1e-2, ALONE)
+        keys.add(cache.key(tower))
+        assert updates(model) == number and len(keys) == number
+    parameters[0].grad = torch.full_like(parameters[0], math.nan)
+    update(model, adam, 1e-2, ALONE)                       # skipped
+    assert updates(model) == 3 and cache.key(tower) in keys
 
 
 @pytest.mark.method

@@ -23,6 +23,7 @@ import model as vlm
 import rollout
 from flow import Ranks, Run
 from plumbing import sharding
+from plumbing.optimizer import count_update, update
 from plumbing.ranks import leave, start
 
 ROOT = Path(__file__).parent.parent
@@ -206,6 +207,7 @@ def test_the_vision_tower_is_not_there_and_the_prompt_is_prefilled_once(
     monkeypatch.setattr(engine.llm, "generate", noted)
     with torch.no_grad():
         ours[0].lm_head.weight.add_(0.0)                   # new weights, though equal: no cache
+    count_update(ours[0])
     rollout.rollout(*ours, prompts[2:3], keys(1, 8), ALONE, engine=engine, **HOW)
     (first, *others), again = seen
     shared = len(prompts[2].ids) // 32 * 32                # vLLM shares blocks of 32
@@ -224,6 +226,7 @@ def test_new_weights_take_effect_and_nothing_of_the_old_ones_serves(engine, ours
     with torch.no_grad():
         for p in [*model.model.language_model.parameters(), model.lm_head.weight]:
             p.add_(torch.randn(p.shape, generator=noise) * 0.03)
+    count_update(model)
     for _ in range(2):
         groups = rollout.rollout(
             model, tokenizer, prompts, keys(4, 4), ALONE, engine=engine, **HOW)
@@ -234,6 +237,37 @@ def test_new_weights_take_effect_and_nothing_of_the_old_ones_serves(engine, ours
     with torch.no_grad():
         for n, p in model.named_parameters():
             p.copy_(kept[n])
+    count_update(model)
+
+
+def test_every_fused_update_reaches_vllm_once(engine, ours, monkeypatch):
+    """A fused optimizer, which GPUs have, does not raise the tensors' versions. Weights were handed
+    over where these had changed: on a GPU vLLM kept the first policy for the whole run."""
+    model = ours[0]
+    model.model.visual.requires_grad_(False)
+    kept = {n: p.detach().clone() for n, p in model.named_parameters()}
+    handed_over, real = [], engine.llm.collective_rpc
+    monkeypatch.setattr(engine.llm, "collective_rpc",
+                        lambda name, **how: handed_over.append(name) or real(name, **how))
+    engine.load(model)
+    handed_over.clear()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-2, fused=True)
+    for number in range(1, 4):
+        for p in trained:
+            p.grad = torch.ones_like(p)
+        update(model, optimizer, 1e-2, ALONE)
+        engine.load(model)
+        engine.load(model)                                 # nothing new
+        assert handed_over == ["reload_weights"] * number
+        [theirs] = engine.llm.apply_model(
+            lambda inner: inner.language_model.model.norm.weight.detach().clone())
+        assert torch.equal(theirs, model.model.language_model.norm.weight)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(kept[n])
+    count_update(model)
+    model.model.visual.requires_grad_(True)
 
 
 def test_a_weight_that_does_not_arrive_ends_the_run(engine, ours):
@@ -311,6 +345,7 @@ def test_tied_embeddings_as_the_3b_has_them(ours, tmp_path):
         assert largest_gap(model, prompts, groups, vlm.banned_ids(model, tokenizer)) < 1e-4
         with torch.no_grad():
             model.lm_head.weight.mul_(1.1)
+        count_update(model)
 
 
 @one_family
@@ -335,10 +370,14 @@ def worker(folder, out, share):
     prompts, result = make_prompts(model, tokenizer), []
     engine = rollout.start_engine(
         folder, model, tokenizer, ranks, 512, share="one over both" in share)
-    for change in (0.0, 0.02):                             # before and after an update
-        with torch.no_grad():
-            for p in model.parameters():
-                p.mul_(1 + change)
+    model.model.visual.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-2, fused=True)
+    for number in range(2):                                # before and after an update
+        if number:
+            for p in trained:
+                p.grad = torch.ones_like(p)
+            update(model, optimizer, 1e-2, ranks)
         groups = rollout.rollout(model, tokenizer, prompts, keys(4, 4), ranks, engine=engine, **HOW)
         with sharding.gathered(model):
             gap = largest_gap(model, prompts, groups, vlm.banned_ids(model, tokenizer))
