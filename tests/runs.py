@@ -81,7 +81,7 @@ def ended(process):
     return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 
-def two_ranks(arguments, stderr):
+def two_ranks(arguments, stderr, script=TRAIN):
     """Two ranks without torchrun, which would start each in a session of its own: SIGKILL reaches
     them all. Rank 0 hosts the store in which they meet. stderr: a file for each rank."""
     with socket.socket() as s:
@@ -92,7 +92,7 @@ def two_ranks(arguments, stderr):
     processes = []
     for rank, file in enumerate(stderr):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(subprocess.Popen([sys.executable, TRAIN, *arguments], stdout=file,
+        processes.append(subprocess.Popen([sys.executable, script, *arguments], stdout=file,
                                           stderr=file, env={**ENV, **world, **own}))
     return processes
 

@@ -19,6 +19,7 @@ from runs import (
     ROOT,
     SHORT,
     SMALL,
+    TRAIN,
     alone,
     close,
     ended,
@@ -222,7 +223,8 @@ def test_the_loss_taught_is_the_mean_over_the_tokens_of_the_step_and_the_end_tok
         assert train.teach(run, prompts, texts) == pytest.approx(sums / n, rel=1e-5)
 
 
-def test_the_helper_of_these_tests_learns_as_the_loop_does(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("average", ["sample", "token"])
+def test_the_helper_of_these_tests_learns_as_the_loop_does(run, tmp_path, monkeypatch, average):
     """`runs.learn` repeats part 6 of the RL loop: of the same groups it makes the same gradient and
     the same sums, bit for bit."""
     received, meters, compared = [], [], []
@@ -240,21 +242,26 @@ def test_the_helper_of_these_tests_learns_as_the_loop_does(run, tmp_path, monkey
     def update(model, optimizer, lr, ranks):
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         model.zero_grad(set_to_none=True)
-        divisor = how["group_size"] * len(received[-1])
-        sums = learn(run_of(model, tokenizer, ranks), received[-1], divisor)
+        completions = [x for group in received[-1] for x in group.completions]
+        divisor = len(completions)
+        if average == "token":
+            divisor = sum(int(x.sampled.sum()) for x in completions)
+        sums = learn(run_of(model, tokenizer, ranks, **clip), received[-1], divisor)
         again = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         assert same(gradients, again)
         assert sums == meters[-1].updates[-1]
-        compared.append(sums["tokens"])
+        compared.append(sums)
         return real_update(model, optimizer, lr, ranks)
 
     monkeypatch.setattr(train, "send_groups", send_groups)
     monkeypatch.setattr(train, "Meter", make_meter)
     monkeypatch.setattr(train, "update", update)
-    how = {**run.how, "model": run.model, "sft_steps": 0, "rl_steps": 2, "eval_every": 0,
-           "out_dir": tmp_path / "out"}
-    alone(**how)
-    assert len(compared) > 1 and min(compared) > 20
+    clip = {"clip_low": 0.01, "clip_high": 0.02, "loss_average": average}      # narrow: it acts
+    alone(**{**run.how, **clip, "model": run.model, "sft_steps": 0, "rl_steps": 3, "eval_every": 0,
+             "out_dir": tmp_path / "out"})
+    assert len(compared) > 2
+    for key in ("tokens", "clip_low", "clip_high"):
+        assert sum(sums[key] for sums in compared) > 0, key
 
 
 def test_a_step_without_signal_is_skipped_and_says_so(run, tmp_path, capsys):
@@ -435,13 +442,40 @@ def test_two_ranks_end_with_one_clear_line(run, bad_runs):
     assert os.readlink(run.model) == f"ckpt-{LAST}"
 
 
+SLOW_READER = f"""
+import runpy, sys, time
+sys.path.insert(0, {ROOT!r})
+import torch.distributed as dist
+
+class Slow:
+    def __init__(self, store):
+        self.store = store
+
+    def get(self, key):
+        time.sleep(3)
+        return self.store.get(key)
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+def rendezvous(*arguments, **how):
+    store, rank, world = next(real(*arguments, **how))
+    yield Slow(store) if rank else store, rank, world
+
+real, dist.rendezvous = dist.rendezvous, rendezvous
+sys.argv[0] = "train.py"
+runpy.run_path({TRAIN!r}, run_name="__main__")
+"""
+
+
 def test_an_sp_that_does_not_divide_ends_every_rank_where_rank_0_hosts_the_store(run, tmp_path):
-    """Rank 0 ended at once, and took the store with it in which the others were still reading: they
-    died of a broken connection. Without torchrun the store is rank 0's own."""
+    """Rank 0 ended at once, and took the store with it in which a slower rank was still reading:
+    that one died of a broken connection. Without torchrun the store is rank 0's own."""
+    (tmp_path / "slow.py").write_text(SLOW_READER)
     paths = [tmp_path / f"{rank}.err" for rank in range(2)]
     with open(paths[0], "w") as first, open(paths[1], "w") as second:
         arguments = flags(**run.how, sp=3, out_dir=tmp_path / "out")
-        processes = two_ranks(arguments, (first, second))
+        processes = two_ranks(arguments, (first, second), script=str(tmp_path / "slow.py"))
         codes = [p.wait(120) for p in processes]
     for code, path in zip(codes, paths):
         result = SimpleNamespace(code=code, err=path.read_text())
