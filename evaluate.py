@@ -207,7 +207,7 @@ def grade(run, samples):
     path = os.path.join(c.out_dir, "grades.jsonl")
     name = os.path.realpath(c.model) if os.path.isdir(c.model) else c.model
     grades = read_grades(path, samples, name) if os.path.exists(path) else {}
-    gather(None, ranks)                                    # all ranks have read it before rank 0 writes
+    gather(None, ranks)                                    # rank 0 writes after all have read
     if ranks.rank == 0:
         begin(path)
     missing = [sample for sample in samples if sample.id not in grades]
