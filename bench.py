@@ -69,23 +69,23 @@ LR = 1e-6                                                  # of the update at th
 @dataclass
 class Options:
     model: str = "tiny"            # tiny, 3b, 7b, a checkpoint directory, or a hub name
-    frames: list[int] = field(default_factory=lambda: [64])  # of the video; several, with commas
+    frames: list[int] = field(default_factory=lambda: [64])  # of the video; comma-separated
     size: int = 112                # pixels, both sides of a frame
     group: int = 8                 # G completions
-    completion: int = 32           # of exactly L tokens each
-    sp: list[int] = field(default_factory=lambda: [1, 2])  # ranks on one video, started here
+    completion: int = 32           # L, the exact number of tokens of each completion
+    sp: list[int] = field(default_factory=lambda: [1, 2])  # ranks per video, started here
     variant: list[str] = field(default_factory=lambda: ["naive", "reuse", "shared", "shared+sp"])
     cache: list[str] = field(default_factory=lambda: ["cold", "warm"])
-    checkpointing: int = 0         # 1: decoder layers are computed again in the backward
-    dtype: str = ""                # float32, bfloat16; empty: float32 on CPUs, bfloat16 on GPUs
-    rollout: list[str] = field(default_factory=lambda: ["torch"])  # vllm too, for shared
-    threads: int = 1               # of each rank
-    steps: int = 3                 # that are timed: seconds are their median
-    warmup: int = 1                # steps before those; they do not warm the cache
+    checkpointing: int = 0         # 1: recompute decoder layers in the backward
+    dtype: str = ""                # float32 or bfloat16; empty: float32 on CPUs, bfloat16 on GPUs
+    rollout: list[str] = field(default_factory=lambda: ["torch"])  # also vllm, for shared
+    threads: int = 1               # CPU threads per rank
+    steps: int = 3                 # timed steps; seconds are their median
+    warmup: int = 1                # untimed steps before those; they do not fill the cache
     seed: int = 0
-    plot: str = ""                 # a file to draw to: seconds a step against frames
-    memory: str = ""               # a model whose memory is computed, instead of any step
-    shards: int = 1                # for --memory: ranks that share parameters (train.py --fsdp)
+    plot: str = ""                 # draw seconds per step against frames to this file
+    memory: str = ""               # compute the memory of this model instead of running steps
+    shards: int = 1                # for --memory: ranks that FSDP shards over (train.py --fsdp)
 
 
 ALLOWED = {"variant": VARIANTS, "cache": ("cold", "warm"), "rollout": ("torch", "vllm"),

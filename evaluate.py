@@ -1,11 +1,11 @@
 """
-How good a checkpoint is: greedy accuracy and pass@k on held-out questions, over numbers of frames
-and thinking budgets. And how hard each question is for it, before training (GLM-4.1V §5.3).
+How good a checkpoint is: greedy accuracy and pass@k on held-out questions, at several numbers of
+frames and thinking budgets; and how hard each question is for it before training (GLM-4.1V §5.3).
 
     python evaluate.py --model=out/model --eval_budgets=0,24,48,96
     python evaluate.py --grade=true --model=out/model --data=my.jsonl --out_dir=graded
 
-The first prints tables, and a line of JSON last. The second writes what train.py's --grades reads.
+The first prints tables, then one line of JSON. The second writes the file for train.py --grades.
 """
 import json
 import math
@@ -35,35 +35,35 @@ from rollout import budgets, engine_of, rollout, room
 @dataclass
 class Config:
     model: str = "out/model"       # a Hugging Face directory or hub name
-    data: str = "toy"              # as for train.py: of it the held-out videos are asked about
-    eval_data: str = ""            # or else all of these
-    video_dir: str = ""            # where relative video paths begin; empty: beside the data file
-    cache_dir: str = ""            # vision tokens on disk, for other runs; empty: none
-    cache_gb: float = 4.0          # of vision tokens that each rank keeps in its machine's memory
-    out_dir: str = "out"           # of eval.png and grades.jsonl
+    data: str = "toy"              # as for train.py; only its held-out videos are used
+    eval_data: str = ""            # evaluate on all of this file instead
+    video_dir: str = ""            # base of relative video paths; empty: the data file's folder
+    cache_dir: str = ""            # keep vision tokens on disk, for other runs too; empty: do not
+    cache_gb: float = 4.0          # GiB of vision tokens that each rank keeps in host memory
+    out_dir: str = "out"           # where eval.png and grades.jsonl are written
     seed: int = 0                  # of sampled answers
-    sp: int = 0                    # ranks that share one video; 0: all of this machine
-    stage2: bool = False           # shard the prefill over them too, when grading
+    sp: int = 0                    # ranks per video; 0: all of this machine
+    stage2: bool = False           # also split the prefill over the sp ranks, when grading
     dtype: str = "float32"         # or "bfloat16"
-    max_tokens: int = 16384        # most prefix positions in one forward
-    frames: int = 32               # a video
-    max_pixels: int = 0            # of a frame, after resizing; 0: the checkpoint's own bound
-    group_size: int = 8            # answers sampled to a question, for pass@k and for grades
+    max_tokens: int = 16384        # most prefix positions per forward
+    frames: int = 32               # frames per video, evenly spaced in time; fewer if it has fewer
+    max_pixels: int = 0            # per frame, after resizing; 0: the checkpoint's own bound
+    group_size: int = 8            # answers sampled per question, for pass@k and for grades
     prompts_per_step: int = 24     # questions graded at a time
     think_budget: int = 96         # tokens
     answer_budget: int = 16        # tokens after that
     force_answer: bool = True      # false: a completion that thinks too long ends unanswered
-    format_weight: float = 0.1     # of the reward
-    verifiers: str = ""            # yours: "domain=my_file.py:function", several with commas
+    format_weight: float = 0.1     # weight of the format in the reward
+    verifiers: str = ""            # your own: "domain=my_file.py:function", comma-separated
     rollout: str = "torch"         # or "vllm"
-    vllm_length: int = 16384       # most tokens of a prompt and its completion
-    vllm_memory: float = 0.5       # its part of a GPU's memory
-    vllm_share: bool = False       # one engine over the sp ranks
-    eval_samples: int = 256        # at most
+    vllm_length: int = 16384       # most tokens of prompt plus completion
+    vllm_memory: float = 0.5       # vLLM's share of GPU memory
+    vllm_share: bool = False       # one engine per sp group, not per rank
+    eval_samples: int = 256        # evaluate at most this many held-out samples
     eval_frames: str = ""          # also at these numbers of frames, "16,64,256"
-    eval_budgets: str = ""         # also at these thinking budgets, "0,48,64-96" (64: the least)
-    pass_k: int = 0                # pass@k of group_size answers; 0: k is all of them
-    grades: str = ""               # a grades.jsonl: accuracy is told per tier of difficulty by it
+    eval_budgets: str = ""         # also at these thinking budgets, "0,48,64-96" (64: minimum)
+    pass_k: int = 0                # pass@k of group_size answers; 0: k = group_size
+    grades: str = ""               # a grades.jsonl: accuracy is reported per tier of difficulty
     grade: bool = False            # grade all questions, instead of evaluating
 
 
@@ -73,7 +73,7 @@ class Config:
 def pass_at(k, accuracies):
     """The best of k answers, on average over all ways to choose k of these n: unbiased. For answers
     that are right or wrong it is 1 - C(n - right, k) / C(n, k) (Chen et al. 2021, arXiv
-    2107.03374). Raises ValueError for k above n.
+    2107.03374). Raises ValueError unless 1 <= k <= n.
 
     >>> pass_at(1, [1, 0, 0, 0]), pass_at(2, [1, 0, 0, 0])
     (0.25, 0.5)
@@ -81,14 +81,14 @@ def pass_at(k, accuracies):
     n = len(accuracies)
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} of {n} answers: k is 1 to {n}")
-    # In sorted order answer i is the best of those choices that take k - 1 of the i below it.
+    # In sorted order, answer i is the best of all choices that take k - 1 of the i before it.
     best = sum(a * math.comb(i, k - 1) for i, a in enumerate(sorted(accuracies)))
     return best / math.comb(n, k)
 
 
 @dataclass
 class Answer:
-    """What an evaluation notes of one question: its greedy answer, and sampled ones."""
+    """The results for one question: of its greedy answer, and of the sampled ones."""
     id: str
     domain: str
     accuracy: float
@@ -96,21 +96,21 @@ class Answer:
     forced: bool
     truncated: bool
     length: int            # tokens
-    sampled: list          # accuracies of group_size sampled answers, if they were asked for
+    sampled: list          # accuracies of group_size sampled answers; [] unless k was given
 
 
 def evaluate(run, samples, k=0, grades=None, think_least=0):
     """Greedy accuracy and format, also per domain; with k, pass@1 and pass@k of group_size answers.
 
-    grades: {id: (correct, total)}, by which accuracy is told per tier of difficulty; without them
-    the answers sampled here serve. think_least: as for `rollout.sample`. Samples are dealt over the
-    dp groups; one that cannot be read or graded is dropped and counted. -> dict, on every rank
+    grades: {id: (correct, total)}: accuracy is reported per tier by them, or else by the answers
+    sampled here. think_least: as for `rollout.sample`. The samples are split over the dp groups;
+    one that cannot be read or graded is dropped and counted. -> dict, on every rank
     """
     c, ranks = run.config, run.ranks
     prompts, dropped = data.make_prompts(run, samples[ranks.dp_rank::ranks.dp],
                                          room(run.tokenizer, **budgets(c)))
-    # Greedy decoding has no group to share out: each sp rank takes its own part of the prompts,
-    # unless one engine serves all of them.
+    # Greedy decoding has no group to split: each sp rank takes its own part of the prompts, unless
+    # one engine serves all sp ranks.
     one_engine = run.engine is not None and run.engine.shared
     if not one_engine:
         prompts = prompts[ranks.sp_rank::ranks.sp]
@@ -140,8 +140,8 @@ def evaluate(run, samples, k=0, grades=None, think_least=0):
 
 
 def ask(run, prompts, k, think_least):
-    """-> for each of the prompts, [(Sample, Prompt)], its greedy completion, as a list of one, and
-    with k group_size sampled ones"""
+    """Complete prompts, a list of (`Sample`, `Prompt`). -> for each prompt a list with its greedy
+    completion, and a list of group_size sampled completions (empty if k is 0)"""
     c = run.config
     only_prompts = [prompt for _, prompt in prompts]
     how = {"ranks": Ranks(device=run.ranks.device), "max_tokens": c.max_tokens,
@@ -170,7 +170,7 @@ def verify(prompts, greedy, sampled, format_weight):
 
 
 def accuracy_by_tier(answers, grades, seed):
-    """-> five of {"samples", "accuracy"}, hard to easy; [] where no difficulty is known"""
+    """-> five of {"samples", "accuracy"}, hard to easy; [] if no difficulty is known"""
     grades = grades or {a.id: (sum(a.sampled), len(a.sampled)) for a in answers if a.sampled}
     difficulty = Curriculum([a.id for a in answers], seed, grades)
     if not difficulty.recent:
@@ -183,7 +183,7 @@ def accuracy_by_tier(answers, grades, seed):
 
 
 def for_the_log(run, samples, title):
-    """Greedy accuracy on held-out samples: said, and returned as keys of metrics.jsonl."""
+    """Greedy accuracy on held-out samples: printed, and returned as keys of metrics.jsonl."""
     if not run.config.eval_every or not samples:
         return {}
     result = evaluate(run, samples)
@@ -201,13 +201,13 @@ def for_the_log(run, samples, title):
 # grading
 
 def grade(run, samples):
-    """Sample group_size answers to each sample that out_dir/grades.jsonl does not have yet, and add
-    a line for it. One that cannot be read or graded is named and gets no line."""
+    """Sample group_size answers to each question that is not in out_dir/grades.jsonl yet, and add a
+    line for it. A sample that cannot be read or graded is named and gets no line."""
     c, ranks = run.config, run.ranks
     path = os.path.join(c.out_dir, "grades.jsonl")
     name = os.path.realpath(c.model) if os.path.isdir(c.model) else c.model
     grades = read_grades(path, samples, name) if os.path.exists(path) else {}
-    gather(None, ranks)                                    # all have read it before rank 0 writes
+    gather(None, ranks)                                    # rank 0 writes after all have read
     if ranks.rank == 0:
         begin(path)
     missing = [sample for sample in samples if sample.id not in grades]
@@ -258,13 +258,13 @@ def main(c):
     settings = sweep(c)
     say = printer(ranks)
     train, held_out = data.load_questions(c, say)
-    to_grade = train if c.eval_data else held_out + train  # held out first: an evaluation uses them
+    to_grade = train if c.eval_data else held_out + train  # held out first, for evaluations
     grades = read_grades(c.grades, held_out if c.eval_data else to_grade) if c.grades else {}
     run = load_run(c, ranks, say)
     if c.grade:
         return grade(run, to_grade)
     if settings:
-        os.makedirs(c.out_dir, exist_ok=True)              # before the work, which might be lost
+        os.makedirs(c.out_dir, exist_ok=True)              # now: a failure later loses the work
     result = evaluate(run, held_out[:c.eval_samples], c.pass_k or c.group_size, grades)
     if not result["samples"]:
         raise ValueError(f"no sample could be evaluated: {result['why']}")
@@ -282,7 +282,7 @@ def main(c):
 
 
 def load_run(c, ranks, say):
-    """The checkpoint c.model, with the sampler that is asked for. -> `Run`"""
+    """The checkpoint c.model and the sampler that c.rollout names. -> `Run`"""
     if c.rollout == "vllm":
         import_vllm()                                      # not found: say so before loading
     cache = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write)

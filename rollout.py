@@ -297,14 +297,14 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=Fal
 class Options:
     model: str               # a checkpoint directory or hub name
     video: str               # a file, a picture, a folder of them, toy:SEED, toy:reading-SEED, ...
-    question: str = ""       # optional for toy:SEED, which brings its own
-    frames: int = 32
-    max_pixels: int = 0      # of one frame; 0: the checkpoint's own bound
+    question: str = ""       # optional for toy:SEED, which has its own
+    frames: int = 32         # frames per video, evenly spaced in time; fewer if it has fewer
+    max_pixels: int = 0      # per frame; 0: the checkpoint's own bound
     think_budget: int = 512  # tokens, then an answer is forced
-    think_least: int = 0     # tokens; a thought that ends before them goes on after "Wait,"
+    think_least: int = 0     # tokens; a shorter thought is extended with "Wait,"
     answer_budget: int = 64  # tokens
     dtype: str = ""          # float32 or bfloat16; default: float32 on a CPU, bfloat16 on a GPU
-    sample: int = -1         # sample with this seed; -1: greedily
+    sample: int = -1         # sample with this seed; -1: decode greedily
 
 
 def main():

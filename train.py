@@ -52,61 +52,61 @@ from rollout import budgets, engine_of, rollout, room
 
 @dataclass
 class Config:
-    # what
-    model: str = "tiny"            # made from nothing; or a Hugging Face directory or hub name
+    # model and data
+    model: str = "tiny"            # randomly initialised; or a Hugging Face directory or hub name
     data: str = "toy"              # "toy" (built-in), a .jsonl, or LongVideo-Reason's .json
-    eval_data: str = ""            # likewise; empty: of data, the videos held out by a hash
-    video_dir: str = ""            # where relative video paths begin; empty: beside the data file
-    cache_dir: str = ""            # vision tokens on disk, for other runs too; empty: none
-    cache_gb: float = 4.0          # of vision tokens that each rank keeps in its machine's memory
-    out_dir: str = "out"           # checkpoints, metrics.jsonl, curves.png; goes on if found here
-    mode: str = "train"            # or "eval" or "grade": what evaluate.py does
+    eval_data: str = ""            # likewise; empty: hold out some of data's videos, by a hash
+    video_dir: str = ""            # base of relative video paths; empty: the data file's folder
+    cache_dir: str = ""            # keep vision tokens on disk, for other runs too; empty: do not
+    cache_gb: float = 4.0          # GiB of vision tokens that each rank keeps in host memory
+    out_dir: str = "out"           # checkpoints, metrics.jsonl, curves.png; resumes if it has one
+    mode: str = "train"            # or "eval" or "grade": do what evaluate.py does
     seed: int = 0                  # all randomness is a function of seed, step, sample, completion
-    # where
-    sp: int = 0                    # ranks that share a video; 0: all of this machine; 1: none share
-    stage2: bool = False           # shard the sequence over them too: for videos too long for one
-    fsdp: bool = False             # weights, gradients, optimizer state sharded over all ranks
+    # hardware
+    sp: int = 0                    # ranks per video; 0: all of this machine; 1: no sharing
+    stage2: bool = False           # also split the sequence over the sp ranks, for long videos
+    fsdp: bool = False             # shard weights, gradients, optimizer state over all ranks
     checkpointing: bool = False    # recompute layers in the backward: less memory, a fifth slower
     dtype: str = "float32"         # of weights and activations; "bfloat16" on GPUs
-    max_tokens: int = 16384        # most positions in one forward, unless one group alone has more
+    max_tokens: int = 16384        # most positions per forward; a single group may exceed it
     # the video
-    frames: int = 32               # a video, evenly spaced in time; fewer where the file has fewer
-    max_pixels: int = 0            # of a frame, after resizing; 0: the checkpoint's own bound
-    # align: describe every moment (a model made from nothing alone)
-    align_steps: int = 300
-    # cold start: the teacher's thoughts
-    sft_steps: int = 380
-    sft_batch: int = 32            # samples a step over all ranks, here and in align
-    sft_lr: float = 1.5e-3         # for a pretrained model 1e-5
+    frames: int = 32               # frames per video, evenly spaced in time; fewer if it has fewer
+    max_pixels: int = 0            # per frame, after resizing; 0: the checkpoint's own bound
+    # align: describe every event (only if the model is randomly initialised)
+    align_steps: int = 300         # optimizer steps
+    # cold start: imitate the teacher's thoughts
+    sft_steps: int = 380           # optimizer steps
+    sft_batch: int = 32            # samples per step over all ranks, here and in align
+    sft_lr: float = 1.5e-3         # 1e-5 for a pretrained model; also the align stage's
     # RL
-    rl_steps: int = 40
-    prompts_per_step: int = 24     # groups a step over all ranks
-    group_size: int = 8            # G, completions a group
-    oversample_cap: float = 8.0    # ask at most so many times prompts_per_step; 1: no oversampling
-    tiers: bool = True             # ask questions that are half right more often than others
+    rl_steps: int = 40             # each makes updates_per_rollout updates (optimizer steps)
+    prompts_per_step: int = 24     # groups per RL step over all ranks
+    group_size: int = 8            # G, completions per group
+    oversample_cap: float = 8.0    # draw up to this many times prompts_per_step; 1: no oversampling
+    tiers: bool = True             # draw questions that are half right more often than others
     grades: str = ""               # a grades.jsonl: how hard each question is before training
-    updates_per_rollout: int = 2   # optimizer steps on disjoint groups; with 1 the clip never acts
+    updates_per_rollout: int = 2   # updates per RL step, on disjoint groups; 1: the clip never acts
     think_budget: int = 96         # tokens; then </think><answer> is forced; 0: no thinking at all
     answer_budget: int = 16        # tokens after that
     force_answer: bool = True      # false: a completion that thinks too long ends unanswered
-    lr: float = 1e-4               # for a pretrained model 1e-6
-    clip_low: float = 0.2
-    clip_high: float = 0.28        # higher than clip_low: keeps rare tokens alive (DAPO; GLM-4.1V)
-    loss_average: str = "sample"   # every completion the same weight; "token": every token
-    format_weight: float = 0.1     # LongVILA-R1's; 0: the answer alone, as GLM-4.1V
-    verifiers: str = ""            # yours: "domain=my_file.py:function", several with commas
-    warmup: int = 10               # optimizer steps of every stage over which lr rises linearly
-    # who samples: same distribution, other random numbers
+    lr: float = 1e-4               # 1e-6 for a pretrained model
+    clip_low: float = 0.2          # the probability ratio is clipped to 1 - clip_low ...
+    clip_high: float = 0.28        # ... 1 + clip_high; higher keeps rare tokens alive (DAPO, GLM)
+    loss_average: str = "sample"   # equal weight per completion; "token": equal weight per token
+    format_weight: float = 0.1     # as LongVILA-R1; 0: reward only the answer, as GLM-4.1V
+    verifiers: str = ""            # your own: "domain=my_file.py:function", comma-separated
+    warmup: int = 10               # optimizer steps of each stage over which lr rises linearly
+    # the sampler: both have the same distribution, but other random numbers
     rollout: str = "torch"         # the engine in rollout.py, or "vllm" (requirements-gpu.txt)
-    vllm_length: int = 16384       # most tokens of a prompt and its completion; longer are dropped
-    vllm_memory: float = 0.5       # its part of a GPU's memory while it samples, weights included
-    vllm_share: bool = False       # one engine over the sp ranks (tensor parallelism), not one each
-    # looking and keeping
+    vllm_length: int = 16384       # most tokens of prompt plus completion; longer ones are dropped
+    vllm_memory: float = 0.5       # vLLM's share of GPU memory while it samples, with its weights
+    vllm_share: bool = False       # one engine per sp group (tensor parallelism), not per rank
+    # evaluation and checkpoints
     eval_every: int = 20           # RL steps; also after the cold start and at the end; 0: never
-    eval_samples: int = 256        # held-out samples, greedy
+    eval_samples: int = 256        # held-out samples, decoded greedily
     eval_frames: str = ""          # mode eval: also at these numbers of frames, "16,64,256"
     eval_budgets: str = ""         # mode eval: also at these thinking budgets, "0,48,64-96"
-    pass_k: int = 0                # mode eval: pass@k of group_size answers; 0: k is all of them
+    pass_k: int = 0                # mode eval: pass@k of group_size answers; 0: k = group_size
     show_every: int = 20           # RL steps between two completions on the screen; 0: never
     save_every: int = 40           # steps; also at the end of each stage
 

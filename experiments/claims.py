@@ -1,13 +1,13 @@
 """
-The claims table: which of the two papers' claims are seen on the built-in videos. Small runs, with
-three seeds each.
+The claims table: which claims of the two papers are seen on the built-in videos, in small runs
+with three seeds each.
 
     python experiments/claims.py out-claims                 make what is missing, print the tables
-    python experiments/claims.py out-claims cold base kl    make these runs alone
-    python experiments/claims.py out-claims tables          make none: tables of what is there
+    python experiments/claims.py out-claims cold base kl    make only these runs
+    python experiments/claims.py out-claims tables          make none, print the tables
 
-Two runs are made at a time, a core each. One that was stopped goes on, one that is complete is not
-made again. Its command and what it printed stand in out-claims/NAME-SEED.log.
+Two runs are made at a time, on one core each. A stopped run resumes; a complete one is not made
+again. Its command and output are in out-claims/NAME-SEED.log.
 """
 import json
 import os
@@ -410,7 +410,7 @@ def print_header(*cells):
 
 
 def claims_table():
-    print_header("claim", "measured", "so", "otherwise", "difference", "here")
+    print_header("claim", "measured", "with", "without", "difference", "verdict")
     for claim in CLAIMS:
         try:
             a, b = by_seed(claim.measure, claim.a), by_seed(claim.measure, claim.b)

@@ -1,6 +1,7 @@
 """
-Offline grades: how often a model answered each question right before training. A line of
-grades.jsonl is one model's on one question, {"id": ..., "correct": ..., "total": ...} and more.
+Offline grades: how often a model answered each question right before training. Each line of
+grades.jsonl is one model's result on one question: {"id": ..., "correct": ..., "total": ...} and
+more.
 """
 import hashlib
 import json
@@ -9,7 +10,7 @@ import os
 
 
 def about(sample):
-    """A hash of the question and its answer, by which the same id in other data is noticed."""
+    """A hash of the question and its answer, to detect the same id in other data."""
     text = json.dumps([sample.question, sample.answer])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -22,14 +23,14 @@ def grade_line(sample, correct, total, model):
 
 
 def read_grades(path, samples, model=None):
-    """Read a grades.jsonl. -> {id: [sum of accuracies, answers]}, an id's lines added up
+    """Read a grades.jsonl. -> {id: [sum of accuracies, answers]}; all lines of an id are added up
 
-    A last line without its end is ignored: the run that wrote it was stopped. Raises ValueError for
-    a file that does not exist, and one that names the line for a line that is no grade, is of other
-    data than samples or, if model is given, of another model.
+    An incomplete last line is ignored: the run that wrote it was stopped. Raises ValueError if the
+    file does not exist, or, naming the line, if a line is not a grade, belongs to other data than
+    samples or, if model is given, to another model.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file; --mode=grade writes one")
+        raise ValueError(f"{path}: no such file; evaluate.py --grade=true writes one")
     with open(path, encoding="utf-8") as f:
         lines = f.read().split("\n")[:-1]
     by_id = {sample.id: sample for sample in samples}
@@ -56,7 +57,7 @@ def read_grades(path, samples, model=None):
 
 
 def begin(path):
-    """Make the folder; cut off a last line that was being written when a run was killed."""
+    """Make the folder; remove an incomplete last line, left by a run that was killed."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     if os.path.exists(path):
         with open(path, "rb+") as f:

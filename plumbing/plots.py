@@ -1,7 +1,7 @@
 """
-What is shown of a run, as pictures and as text: its curves, an evaluation, bench.py's rows.
+Pictures and tables: the curves of a run, an evaluation, and the rows of bench.py.
 
-matplotlib is imported where something is drawn: a run without pictures does not need it.
+matplotlib is imported only where something is drawn: a run without pictures does not need it.
 """
 import json
 import os
@@ -12,8 +12,8 @@ SMALL = {"fontsize": 8, "frameon": False}
 def draw_curves(lines, path):
     """A run at a glance: losses, rewards, accuracy, lengths, entropy, and where the seconds go.
 
-    lines: of metrics.jsonl, as text, in order. Nothing is drawn where there are none. The picture
-    is written under another name first: whoever looks at it never sees half of one.
+    lines: of metrics.jsonl, as text, in order. Nothing is drawn if there are none. The picture is
+    written under another name and then renamed, so that a viewer never sees half of one.
     """
     from matplotlib.figure import Figure
     records = [json.loads(line) for line in lines]
@@ -25,8 +25,9 @@ def draw_curves(lines, path):
     draw_losses(losses, records)
     draw_keys(rewards, rl, "sampled answers", ["reward", "accuracy", "format"])
     draw_held_out(held_out, records)
-    draw_keys(lengths, rl, "tokens an answer", ["length"])
-    draw_keys(entropies, rl, "entropy; forced answers", ["entropy", "forced"])
+    draw_keys(lengths, rl, "tokens per completion", ["length"])
+    draw_keys(entropies, rl, "entropy and forced answers", ["entropy", "forced"],
+              labels=["entropy (nats)", "forced (share)"])
     draw_seconds(seconds, rl)
     figure.savefig(path + ".tmp", dpi=100, format="png")
     os.replace(path + ".tmp", path)
@@ -42,15 +43,15 @@ def draw_losses(axis, records):
                 steps.append(step)
                 losses.append(record["loss"])
         axis.plot(steps, losses, linewidth=1, label=label)
-    axis.set(title="loss on what is taught", xlabel="step", yscale="log")
+    axis.set(title="loss of the supervised stages", xlabel="step", yscale="log")
     axis.legend(**SMALL)
 
 
-def draw_keys(axis, rl, title, keys):
-    """A line for each key of the RL steps' records."""
+def draw_keys(axis, rl, title, keys, labels=None):
+    """A line for each key of the RL steps' records; the legend shows labels, or else the keys."""
     steps = [record["step"] for record in rl]
-    for key in keys:
-        axis.plot(steps, [record[key] for record in rl], label=key, linewidth=1)
+    for key, label in zip(keys, labels or keys):
+        axis.plot(steps, [record[key] for record in rl], label=label, linewidth=1)
     axis.set(title=title, xlabel="RL step")
     axis.legend(**SMALL)
 
@@ -77,7 +78,7 @@ def draw_seconds(axis, rl):
             seconds.append([record.get(f"{phase}_s", 0.0) for record in rl])
         axis.stackplot(steps, *seconds, labels=phases)
         axis.legend(**SMALL)
-    axis.set(title="seconds a step; later more are asked", xlabel="RL step")
+    axis.set(title="seconds per step", xlabel="RL step")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def percent(share, width):
 
 
 def eval_table(result, rows):
-    """Text: an evaluation by domain and by tier of difficulty, and a line for each of a sweep.
+    """Text: an evaluation by domain and by tier of difficulty, and a line for each row of a sweep.
 
     result: of `evaluate`; rows: of a sweep, a result for each setting, or none.
     """
@@ -112,7 +113,7 @@ def eval_table(result, rows):
     lines.append(f"{total}; format {result['format']:.1%}, " + ", ".join(pass_at))
     if rows:
         lines += ["", "frames  thinking tokens  samples  accuracy  format  forced  "
-                      "of these right  tokens an answer"]
+                      "of these right  tokens per answer"]
     for row in rows:
         budget = str(row["think_budget"])
         if row["think_least"]:
@@ -120,23 +121,23 @@ def eval_table(result, rows):
         lines.append(
             f"{row['frames']:6d} {budget:>16} {row['samples']:8d} {percent(row['accuracy'], 9)} "
             f"{percent(row['format'], 7)} {percent(row['forced'], 7)} "
-            f"{percent(row['forced_accuracy'], 15)} {row['length']:17.1f}")
+            f"{percent(row['forced_accuracy'], 15)} {row['length']:18.1f}")
     return "\n".join(lines)
 
 
 def draw_sweep(results, path):
-    """Held-out accuracy against thinking tokens, a line for each number of frames; or against
-    frames, where they alone vary.
+    """Held-out accuracy against thinking tokens, with a line for each number of frames; or against
+    frames, if only they vary.
 
-    results: of `evaluate`, a dict for each setting. A thought is cut after think_budget tokens;
-    where think_least is given, it is instead forced on until it has so many tokens.
+    results: of `evaluate`, a dict for each setting. A thought is cut after think_budget tokens.
+    With think_least, a shorter one is extended with "Wait," to at least that many.
     """
     from matplotlib.figure import Figure
     axis = Figure(figsize=(6, 4), layout="constrained").subplots()
     budgets = {(result["think_least"], result["think_budget"]) for result in results}
     if len(budgets) > 1:
         draw_budgets(axis, results)
-        xlabel = "tokens of thinking"
+        xlabel = "thinking tokens"
     else:
         points = sorted((result["frames"], result["accuracy"]) for result in results)
         axis.plot(*zip(*points), "o-")
@@ -146,23 +147,24 @@ def draw_sweep(results, path):
 
 
 def draw_budgets(axis, results):
-    """For each number of frames two lines: thoughts that were cut, and those forced on."""
+    """For each number of frames two lines: thoughts that were cut, and thoughts that were
+    extended."""
     for i, frames in enumerate(sorted({result["frames"] for result in results})):
-        cut, forced_on = [], []
+        cut, extended = [], []
         for result in results:
             if result["frames"] != frames:
                 continue
             if result["think_least"]:
-                forced_on.append((result["think_least"], result["accuracy"]))
+                extended.append((result["think_least"], result["accuracy"]))
             else:
                 cut.append((result["think_budget"], result["accuracy"]))
         for points, style, label in (
-                (cut, "o-", "cut after so many"),
-                (forced_on, "^:", 'forced on until so many, by "Wait,"')):
+                (cut, "o-", "cut after this many tokens"),
+                (extended, "^:", 'extended to at least this many tokens with "Wait,"')):
             if points:
                 axis.plot(*zip(*sorted(points)), style, color=f"C{i}",
                           label=f"{frames} frames, {label}")
-    axis.legend(frameon=False)
+    axis.legend(**SMALL)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,11 +175,11 @@ BENCH_LINE = (
     "{encode:>7} {rollout:>7} {tok/s:>6} {train:>7} {of_peak:>7} {LM_tokens:>15} {fewer:>5} "
     "{encodes:>7} {saved_MB:>9} {less:>5} {peak_MB:>11} {gap:>6}  {norm}")
 BENCH_LEGEND = """\
-faster, fewer, less: than the first row of these frames. tok/s: sampled in the rollout. of_peak: the
-FLOPs of a packed forward and backward, over train (the update included), as a share of a GPU's
-bfloat16 peak. LM_tokens: of our model, not of vLLM's copy. saved_MB: for the backward. gap: the
-largest between sampler and trainer, in log-prob. norm: of the gradient in the first step, from the
-same weights: the same completions give the same."""
+faster, fewer, less: compared with the first row with the same frames. tok/s: tokens sampled in the
+rollout. of_peak: FLOPs of a packed forward and backward per second of train (which includes the
+update), as a share of a GPU's bfloat16 peak. LM_tokens: of our model, without vLLM's copy.
+saved_MB: kept for the backward. gap: largest difference in log-prob between sampler and trainer.
+norm: of the gradient in the first step; equal if weights and completions are equal."""
 
 
 def bench_cells(row, first):
@@ -219,7 +221,8 @@ BENCH_STYLES = {"cold": "-", "warm": "--"}
 
 
 def draw_bench(rows, path):
-    """Seconds of a GRPO step against frames, a line for each variant, cache, ranks and engine.
+    """Seconds of a GRPO step against frames, with a line for each variant, cache, number of ranks
+    and engine.
 
     rows: of bench.py, a dict each.
     """
@@ -237,7 +240,7 @@ def draw_bench(rows, path):
     first = rows[0]
     axis.set(title=f"one GRPO step, {first['size']} x {first['size']} pixels, "
                    f"{first['group']} completions of {first['completion']} tokens",
-             xlabel="frames", ylabel="seconds a step", xscale="log", yscale="log")
+             xlabel="frames", ylabel="seconds per step", xscale="log", yscale="log")
     frames = sorted({row["frames"] for row in rows})
     axis.set_xticks(frames, frames)
     axis.tick_params(axis="x", which="minor", length=0, labelbottom=False)

@@ -54,5 +54,5 @@ def test_grades_of_other_data_or_of_another_model_are_refused(tmp_path):
             read_grades(path, samples)
     with pytest.raises(ValueError, match="line 1: graded by 'a', not 'b'"):
         read_grades(path, SAMPLES, "b")
-    with pytest.raises(ValueError, match="none.jsonl: no such file"):
+    with pytest.raises(ValueError, match="none.jsonl: no such file; evaluate.py --grade=true"):
         read_grades(str(tmp_path / "none.jsonl"), SAMPLES)

@@ -76,6 +76,7 @@ def test_curves_show_each_stage_at_its_own_steps(figures, monkeypatch):
     assert points(held_out) == [([0, 2], [0.4, 0.9])]      # step 0 is the end of the cold start
     assert points(lengths) == [([1, 2], [0.5, 1.0])]
     assert points(entropies) == 2 * [([1, 2], [0.5, 1.0])]
+    assert [line.get_label() for line in entropies.lines] == ["entropy (nats)", "forced (share)"]
     tops = [polygon.get_paths()[0].vertices[:, 1].max() for polygon in seconds.collections]
     assert tops == [1.0, 3.0, 6.0]
 
