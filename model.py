@@ -27,6 +27,7 @@ from plumbing.checkpoints import save_pretrained as save  # noqa: F401  its name
 from plumbing.families import frame_size, stop_ids, vision_pad
 from plumbing.sharding import one_forward
 from plumbing.tiny import build_tiny
+from plumbing.tower_attention import FRAMES_ATTENTION
 
 ALONE = Ranks()
 
@@ -58,15 +59,12 @@ def patchify(frames, px, size=None):
 
 
 class VideoPatches:
-    """The patches of a video. `encode.encode` opens it, not its caller: there an error that one
-    rank meets is raised on all sp ranks, so none waits for the others for ever."""
+    """The patches of a video. `encode.encode` opens it, since there an error that one rank meets is
+    raised on all sp ranks: none waits for the others for ever."""
 
     def __init__(self, open_video, px):
-        """open_video() -> `Video`; px: `Pixels`."""
-        self.open_video = open_video
+        self.open_video = open_video                       # () -> `Video`
         self.px = px
-        self.video = None
-        self.size = None                                   # (height, width) of a resized frame
 
     def open(self):
         """-> ((t, h, w) in patches, merge, read), as `encode.encode` wants it"""
@@ -210,8 +208,9 @@ def call_attention(module, query, key, value, attention_mask, attention, scaling
 
 
 AttentionInterface.register("attention_object", call_attention)
-AttentionMaskInterface.register("attention_object", lambda *args, **kwargs: None)  # it makes its own
-ATTENTION = {"text_config": "attention_object", "vision_config": "frames_flash"}   # see encode
+# transformers makes no mask: an attention object has its own.
+AttentionMaskInterface.register("attention_object", lambda *args, **kwargs: None)
+ATTENTION = {"text_config": "attention_object", "vision_config": FRAMES_ATTENTION}
 
 
 class Packed:
