@@ -109,28 +109,39 @@ class Curriculum:
         count, _ = self.census()
         largest = max(weight for weight, ids in zip(weights, count) if ids)
         drawn = []
-        place = 0            # in the queue; the ids before it wait for the next draw
+        this_round = set()   # ids drawn since all usable ones were drawn
+        waiting = []         # of these, the ids met again: their turn comes after this round
         while len(drawn) < n:
-            if place == len(self.queue):
-                order = list(self.ids)
-                random.Random(f"{self.seed} epoch {self.epoch}").shuffle(order)
-                self.queue = self.queue + order
-                self.epoch += 1
-            id = self.queue[place]
-            this_round = drawn[len(drawn) // usable * usable:]     # since all ids were drawn
-            if id in self.dropped or id in self.queue[:place]:     # an id waits for one turn only
-                self.queue.pop(place)
-            elif id in this_round:                                 # from the end of the last epoch
-                place += 1
-            else:
-                self.queue.pop(place)
-                self.met += 1
-                chance = random.Random(f"{self.seed} met {self.met}").random()
-                if chance * largest < weights[self.tier(id)]:
-                    drawn.append(id)
-                    if len(drawn) % usable == 0:
-                        place = 0
+            if not self.queue:
+                self.queue = self.next_epoch()
+            id = self.queue.pop(0)
+            if id in self.dropped or id in waiting:        # an id waits for one turn only
+                continue
+            if id in this_round:                           # drawn at the end of the last epoch
+                waiting.append(id)
+            elif self.accepts(id, weights, largest):
+                drawn.append(id)
+                this_round.add(id)
+            if len(this_round) == usable:
+                this_round = set()
+                self.queue = waiting + self.queue
+                waiting = []
+        self.queue = waiting + self.queue
         return drawn
+
+    def next_epoch(self):
+        """-> all ids, shuffled by the seed and the number of the epoch"""
+        order = list(self.ids)
+        random.Random(f"{self.seed} epoch {self.epoch}").shuffle(order)
+        self.epoch += 1
+        return order
+
+    def accepts(self, id, weights, largest):
+        """Whether an id that is met is drawn, not passed over: with a chance of its tier's weight
+        relative to the largest."""
+        self.met += 1
+        chance = random.Random(f"{self.seed} met {self.met}").random()
+        return chance * largest < weights[self.tier(id)]
 
     def peek(self, n):
         """What draw(n) would give now, without drawing; [] if every id was dropped.
@@ -151,7 +162,9 @@ class Curriculum:
 
     def expanded(self, n, multiple=1):
         """How many prompts to ask so that about n groups have signal, rounded up to a multiple."""
-        prompts = n * self.ratio - 0.01                    # the average never quite returns to 1
+        # The moving average approaches 1 but never reaches it: without this allowance ceil would
+        # ask for one prompt too many for ever.
+        prompts = n * self.ratio - 0.01
         return math.ceil(prompts / multiple) * multiple
 
     def note_valid(self, valid, total, cap=8.0):

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from dataclasses import asdict, replace
+from functools import partial
 
 import model as vlm
 import rewards
@@ -178,7 +179,8 @@ def make_prompts(run, samples, room):
         except VideoError as e:
             return e
 
-    # One question to the others for all samples: a question costs as much as many frames.
+    # Fetch all keys in one exchange between the ranks: an exchange costs as much as encoding many
+    # frames.
     keys = on_first(lambda: [key_or_error(sample) for sample in samples], run.ranks)
     most = run.config.vllm_length if run.config.rollout == "vllm" else None
     prompts, dropped = [], {}
@@ -209,23 +211,28 @@ def vision_tokens(run, path, key):
     """
     if isinstance(key, VideoError):
         raise key
+    open_for_key = partial(open_unchanged, run, path, key)
+    encode_now = partial(vlm.encode_video, run.model, open_for_key, run.ranks)
+    return run.cache.get(key, encode_now, run.ranks)
 
-    def open_unchanged():
-        if run.ahead:
-            video = run.ahead.open(path, key)
-        else:
-            video = open_video(path, run.config.frames)
 
-        def read(lo, hi):
-            frames = video.read(lo, hi)
-            if video_key(run, path) != key:
-                raise VideoError(f"{path}: changed while it was read")
-            return frames
+def open_unchanged(run, path, key):
+    """-> the `Video` whose `video_key` was key. Its read raises VideoError once the content is
+    another."""
+    if run.ahead:
+        video = run.ahead.open(path, key)
+    else:
+        video = open_video(path, run.config.frames)
 
-        return replace(video, read=read)
+    def read(lo, hi):
+        frames = video.read(lo, hi)
+        # The key was made before the frames were read. If the file was written to meanwhile, their
+        # tokens would be stored as those of the old content, for this run and later ones.
+        if video_key(run, path) != key:
+            raise VideoError(f"{path}: changed while it was read")
+        return frames
 
-    return run.cache.get(key, lambda: vlm.encode_video(run.model, open_unchanged, run.ranks),
-                         run.ranks)
+    return replace(video, read=read)
 
 
 def read_ahead(run, samples):

@@ -7,94 +7,64 @@ MR-SP (LongVILA-R1, section 5): one long video shared out over the ranks.
     stage 2   Ulysses: the packed sequence itself is sharded over the ranks, for the policy's
               prefill, forward and backward
 
+The calls from a question to its vision tokens, each made by the one above it:
+
+    data.make_prompts     names each video by its content: its key in the cache
+    Cache.get             returns the tokens from memory or disk, or has them made:
+    model.encode_video    says how the video's frames become patches
+    encode                has each sp rank encode its own frames, and gathers all of them
+    encode_own_frames     opens the video, and runs a few patches at a time through the tower
+
 Without torchrun everything here is a no-op.
 """
 import json
 from collections import OrderedDict
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed._functional_collectives import all_to_all_single_autograd
-from transformers import AttentionInterface
 
 from flow import Ranks
-from plumbing.ranks import on_first, shard, start, together  # noqa: F401  start: for scripts
+from plumbing.ranks import on_first, shard, start, together  # noqa: F401  scripts call start
 from plumbing.store import Disk, sha256
 
 # --------------------------------------------------------------------------------------------------
 # stage 1: frames over the ranks
 
 ALONE = Ranks()
-AT_ONCE = 64           # temporal patches that go through the tower at once
+AT_ONCE = 64             # temporal patches that go through the tower at once
+ENCODING_VERSION = "1"   # bump it when the same tower and pixels would give different tokens
 
 
-def frames_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_):
-    """Attention within each of many short segments: a frame, or a window of one.
-
-    query, key, value: [1,heads,S,d]; cu_seq_lens_q: int [segments+1], where the segments start.
-    -> ([1,S,heads,d], None). Segments of one length share one call; transformers' own path makes
-    one call a segment, which is thousands for a long video.
-    """
-    starts = cu_seq_lens_q[:-1].long()
-    lengths = cu_seq_lens_q.diff().long()
-    out = torch.empty_like(query.transpose(1, 2))                      # [1, S, heads, d]
-    for n in lengths.unique().tolist():
-        offsets = torch.arange(n, device=starts.device)
-        at = (starts[lengths == n, None] + offsets).flatten()          # [segments*n]
-        y = F.scaled_dot_product_attention(
-            as_batch(query, at, n), as_batch(key, at, n), as_batch(value, at, n), scale=scaling)
-        out = out.index_copy(1, at, y.transpose(1, 2).flatten(0, 1)[None])
-    return out, None
-
-
-def as_batch(x, at, n):
-    """The segments of n positions that stand at `at`. [1,heads,S,d] -> [segments,heads,n,d]"""
-    return x[0, :, at].unflatten(1, (-1, n)).transpose(0, 1)
-
-
-# transformers hands over the segments to an attention with "flash" in its name.
-AttentionInterface.register("frames_flash", frames_attention)
-
-
-def spans(t, ranks, group=AT_ONCE):
-    """The temporal patches (lo, hi) of t that this rank encodes, at most `group` at once."""
+def spans(t, ranks, at_once=AT_ONCE):
+    """The temporal patches (lo, hi) of t that this rank encodes, at most `at_once` in a span."""
     lo, hi = shard(t, ranks.sp_rank, ranks.sp)
-    return [(first, min(first + group, hi)) for first in range(lo, hi, group)]
+    return [(first, min(first + at_once, hi)) for first in range(lo, hi, at_once)]
 
 
 @torch.no_grad()
-def encode(tower, open_patches, ranks, group=AT_ONCE):
+def encode(tower, open_patches, ranks, at_once=AT_ONCE):
     """One video through the vision tower, its frames sharded over the sp ranks (section 5.1).
 
     tower: the vision tower; open_patches() -> ((t,h,w) in patches, merge, read), where read(lo, hi)
-    gives the patches of temporal patches lo to hi, float32 [n,C]; group: temporal patches that go
+    gives the patches of temporal patches lo to hi, float32 [n,C]; at_once: temporal patches that go
     through the tower at once, so that an hour of video is never in memory as pixels.
     Returns (vision [V,D], (t,h,w)) on every rank.
 
-    Each rank reads its own frames only. Frames do not attend to one another in the tower, so shards
-    and groups change nothing. Any t will do, also fewer than ranks. An error of open_patches or
-    read on one rank is raised on all.
+    Each rank reads its own frames only. Frames do not attend to one another in the tower, so the
+    result depends neither on the sharding nor on at_once. t may be any number, also less than sp.
+    An error that open_patches or read raises on one rank is raised on all sp ranks.
     """
-    def encode_own_frames():
-        (t, h, w), merge, read = open_patches()
-        parts = []
-        for first, last in spans(t, ranks, group):
-            patches = read(first, last).to(ranks.device, tower.dtype)
-            # A grid for each temporal patch: the same result as one for all, and the only form
-            # that GLM-4.1V's tower takes.
-            grids = torch.tensor([[1, h, w]] * (last - first), device=ranks.device)
-            parts.append(tower(patches, grid_thw=grids).pooler_output)
-        return (t, h, w), h * w // merge ** 2, parts
-
-    (t, h, w), tokens, parts = together(encode_own_frames, ranks)      # tokens a temporal patch
+    grid, tokens_per_patch, parts = together(
+        partial(encode_own_frames, tower, open_patches, ranks, at_once), ranks)
     if ranks.sp == 1:
-        return torch.cat(parts), (t, h, w)
-    sizes = []
+        return torch.cat(parts), grid
+    sizes = []                                             # vision tokens of each rank
     for rank in range(ranks.sp):
-        lo, hi = shard(t, rank, ranks.sp)
-        sizes.append((hi - lo) * tokens)
+        lo, hi = shard(grid[0], rank, ranks.sp)
+        sizes.append((hi - lo) * tokens_per_patch)
     # An all-gather takes equal parts: each is padded to the largest, and cut afterwards.
     width = tower.config.out_hidden_size
     padded = torch.zeros(max(sizes), width, dtype=tower.dtype, device=ranks.device)
@@ -103,7 +73,21 @@ def encode(tower, open_patches, ranks, group=AT_ONCE):
     gathered = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded, group=ranks.group)
     vision = torch.cat([x[:n] for x, n in zip(gathered, sizes)])       # [V, D], in order
-    return vision, (t, h, w)
+    return vision, grid
+
+
+def encode_own_frames(tower, open_patches, ranks, at_once):
+    """This rank's share of `encode`. -> ((t,h,w), vision tokens of one temporal patch, the tower's
+    outputs [n,D] in order; no output where there are more ranks than temporal patches)"""
+    (t, h, w), merge, read = open_patches()
+    parts = []
+    for first, last in spans(t, ranks, at_once):
+        patches = read(first, last).to(ranks.device, tower.dtype)
+        # A grid for each temporal patch: the same result as one for all, and the only form
+        # that GLM-4.1V's tower takes.
+        grids = torch.tensor([[1, h, w]] * (last - first), device=ranks.device)
+        parts.append(tower(patches, grid_thw=grids).pooler_output)
+    return (t, h, w), h * w // merge ** 2, parts
 
 
 class Cache:
@@ -143,8 +127,7 @@ class Cache:
             self.tower = tower
             self.tower_version = version
             self.tower_hash = sha256(about, *weights.values())
-        # The last item is to be "2" once a tower's tokens come out otherwise.
-        return sha256(json.dumps([*what, self.tower_hash, "1"]))
+        return sha256(json.dumps([*what, self.tower_hash, ENCODING_VERSION]))
 
     def has(self, key):
         """Whether `get` would find this key. A guess: another rank or run may be at work on it."""
@@ -209,10 +192,10 @@ class Ulysses:
     with its share of the heads. A second one trades back. Gradients take the same way.
     """
 
-    def __init__(self, layout, prefix, ranks):
-        """layout: attention over the whole sequence, see `model.layout_attention`; prefix: how
+    def __init__(self, attention, prefix, ranks):
+        """attention: over the whole sequence, called as `model.call_attention` does; prefix: how
         many positions of the prefix each rank holds."""
-        self.layout = layout
+        self.attention = attention
         self.prefix = prefix
         self.sp = ranks.sp
         self.group = ranks.group
@@ -225,7 +208,7 @@ class Ulysses:
         q = self.gather_sequence(q)                                    # [B, heads/sp, S, d]
         k = self.gather_sequence(k)
         v = self.gather_sequence(v)
-        return self.gather_heads(self.layout(layer, q, k, v, scale))   # [B, heads, S/sp, d]
+        return self.gather_heads(self.attention(layer, q, k, v, scale))    # [B, heads, S/sp, d]
 
     def all_to_all(self, x):
         """[sp, ...], one part for each rank -> [sp, ...], one part from each."""

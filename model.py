@@ -24,9 +24,10 @@ from flow import Pixels, Prompt, PromptError, Ranks  # noqa: F401  Pixels is fou
 from plumbing import families
 from plumbing.checkpoints import cast_parameters, load_pretrained
 from plumbing.checkpoints import save_pretrained as save  # noqa: F401  its name for callers
-from plumbing.families import decode, frame_size, stop_ids, tokenize_text, vision_pad  # noqa: F401
+from plumbing.families import frame_size, stop_ids, vision_pad
 from plumbing.sharding import one_forward
 from plumbing.tiny import build_tiny
+from plumbing.tower_attention import FRAMES_ATTENTION
 
 ALONE = Ranks()
 
@@ -57,28 +58,37 @@ def patchify(frames, px, size=None):
     return x.reshape(t * h * w, -1), (t, h, w)
 
 
+class VideoPatches:
+    """The patches of a video. `encode.encode` opens it, since there an error that one rank meets is
+    raised on all sp ranks: none waits for the others for ever."""
+
+    def __init__(self, open_video, px):
+        self.open_video = open_video                       # () -> `Video`
+        self.px = px
+
+    def open(self):
+        """-> ((t, h, w) in patches, merge, read), as `encode.encode` wants it"""
+        px = self.px
+        self.video = self.open_video()
+        self.size = frame_size(self.video.height, self.video.width, px, self.video.frames)
+        t = math.ceil(self.video.frames / px.temporal)
+        return (t, self.size[0] // px.patch, self.size[1] // px.patch), px.merge, self.read
+
+    def read(self, lo, hi):
+        """Temporal patches lo to hi. -> float32 [n,C]"""
+        n = self.px.temporal
+        frames = self.video.read(lo * n, min(hi * n, self.video.frames))
+        return patchify(frames, self.px, self.size)[0]
+
+
 def encode_video(model, open_video, ranks):
     """A video's vision tokens, its frames sharded over the sp ranks (MR-SP, stage 1).
 
     open_video() -> `Video`. Returns (vision [V,D], (t, h, w) in patches, seconds between frames).
     """
-    px = model.pixels
-    video = None
-
-    def open_patches():
-        nonlocal video
-        video = open_video()
-        size = frame_size(video.height, video.width, px, video.frames)
-        t = math.ceil(video.frames / px.temporal)
-
-        def read(lo, hi):                                  # in temporal patches
-            frames = video.read(lo * px.temporal, min(hi * px.temporal, video.frames))
-            return patchify(frames, px, size)[0]
-
-        return (t, size[0] // px.patch, size[1] // px.patch), px.merge, read
-
-    vision, grid = encode.encode(model.model.visual, open_patches, ranks)
-    return vision, grid, video.seconds
+    patches = VideoPatches(open_video, model.pixels)
+    vision, grid = encode.encode(model.model.visual, patches.open, ranks)
+    return vision, grid, patches.video.seconds
 
 
 def frames_to_read(model, video, ranks):
@@ -145,7 +155,7 @@ def make_prompt(model, tokenizer, question, vision, grid, seconds, key=""):
     px = model.pixels
     before, between, after = families.template_ids(model.config, tokenizer)
     video, grids, interval = families.video_ids(model.config, tokenizer, grid, seconds, px)
-    question = tokenize_text(tokenizer, question)          # never as control tokens
+    question = families.tokenize_text(tokenizer, question)     # never as control tokens
     ids = torch.tensor(before + video + between + question + after)
     pad = vision_pad(model.config)
     if len(vision) != video.count(pad):
@@ -186,18 +196,21 @@ def banned_ids(model, tokenizer):
 # --------------------------------------------------------------------------------------------------
 # one packed sequence for a group
 
-def layout_attention(module, query, key, value, attention_mask, layout, scaling, **_):
-    """What transformers calls in every decoder layer: it hands q, k and v to the forward's layout.
+def call_attention(module, query, key, value, attention_mask, attention, scaling, **_):
+    """Called by transformers in every decoder layer; delegates to the attention object passed to
+    this forward: `Packed`, `rollout.SharedPrefix` or `encode.Ulysses` around one of them.
 
-    query: [B,heads,S,d]; key, value: [B,kv heads,S,d]; layout(layer, q, k, v, scale) gives
+    query: [B,heads,S,d]; key, value: [B,kv heads,S,d]; attention(layer, q, k, v, scale) gives
     [B,heads,S,d]. Returns ([B,S,heads,d], None).
     """
-    return layout(module.layer_idx, query, key, value, scaling).transpose(1, 2).contiguous(), None
+    out = attention(module.layer_idx, query, key, value, scaling)
+    return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("layout", layout_attention)
-AttentionMaskInterface.register("layout", lambda *args, **kwargs: None)    # the layout has masks
-ATTENTION = {"text_config": "layout", "vision_config": "frames_flash"}     # the second is encode's
+AttentionInterface.register("attention_object", call_attention)
+# transformers makes no mask: an attention object has its own.
+AttentionMaskInterface.register("attention_object", lambda *args, **kwargs: None)
+ATTENTION = {"text_config": "attention_object", "vision_config": FRAMES_ATTENTION}
 
 
 class Packed:
@@ -230,17 +243,17 @@ class Packed:
         P = self.P
         out = [F.scaled_dot_product_attention(             # pads come last, so none is seen
             q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True, scale=scale, enable_gqa=True)]
-        shared = q.shape[1] // k.shape[1]                  # query heads of one key-value head
+        queries_per_kv = q.shape[1] // k.shape[1]          # query heads of one key-value head
         for lo, hi, mask in self.chunks:
             parts = []
-            heads = zip(q[:, :, lo:hi].split(shared, dim=1), k[:, :, :hi].split(1, dim=1),
-                        v[:, :, :hi].split(1, dim=1))
+            heads = zip(q[:, :, lo:hi].split(queries_per_kv, dim=1),
+                        k[:, :, :hi].split(1, dim=1), v[:, :, :hi].split(1, dim=1))
             for queries, key, value in heads:
                 # GPU kernels that take a mask want as many key heads as query heads: the one head
                 # is expanded, not copied.
-                key = key.expand(-1, shared, -1, -1)
-                value = value.expand(-1, shared, -1, -1)
-                parts.append(F.scaled_dot_product_attention(           # [B, shared, q, d]
+                key = key.expand(-1, queries_per_kv, -1, -1)
+                value = value.expand(-1, queries_per_kv, -1, -1)
+                parts.append(F.scaled_dot_product_attention(           # [B, queries_per_kv, q, d]
                     queries, key, value, attn_mask=mask, scale=scale))
             out.append(torch.cat(parts, dim=1))
         return torch.cat(out, dim=2)                                   # [B, heads, P+C, d]
@@ -258,10 +271,10 @@ def splice(model, ids, visions, columns=None):
     if count != len(vision):
         raise ValueError(f"{count} vision pads in the sequence but {len(vision)} vision tokens")
     if columns is not None:
-        number = pads.flatten().cumsum(0).view_as(pads) - 1            # [B, S], of a pad's token
+        vision_index = pads.flatten().cumsum(0).view_as(pads) - 1      # [B, S], its row in vision
         ids = ids[:, columns]
         pads = pads[:, columns]
-        vision = vision[number[:, columns][pads]]
+        vision = vision[vision_index[:, columns][pads]]
     embeds = model.get_input_embeddings()(ids)                         # [B, s, D]
     return embeds.masked_scatter(pads[..., None], vision.to(embeds.dtype))
 
@@ -322,19 +335,20 @@ def predicted_at(prompts, completions, prefix, device):
     return torch.tensor(rows, device=device), torch.tensor(places, device=device)
 
 
-def forward(model, layout, ids, positions, visions, prefix, ranks):
+def forward(model, attention, ids, positions, visions, prefix, ranks):
     """The language model over packed sequences, or over this rank's share of them (MR-SP stage 2).
 
-    ids: long [B,S]; positions: long [3,B,S]; visions: a [V,D] for each row; prefix: how many of
-    the S places are the prefix's; it and the rest are multiples of sp.
+    attention: see `call_attention`; ids: long [B,S]; positions: long [3,B,S]; visions: a [V,D] for
+    each row; prefix: how many of the S places are the prefix's; it and the rest are multiples of
+    sp.
     Returns (hidden [B,S/sp,D], local [S]: where in it a place is, -1 where on another rank).
     """
     columns = encode.columns(prefix, ids.shape[1] - prefix, ranks).to(ids.device)  # [S/sp]
     if ranks.sp > 1:
-        layout = encode.Ulysses(layout, prefix // ranks.sp, ranks)
+        attention = encode.Ulysses(attention, prefix // ranks.sp, ranks)
     hidden = model.model.language_model(
         inputs_embeds=splice(model, ids, visions, columns), position_ids=positions[:, :, columns],
-        use_cache=False, layout=layout).last_hidden_state
+        use_cache=False, attention=attention).last_hidden_state
     local = torch.full((ids.shape[1],), -1, device=ids.device)
     local[columns] = torch.arange(len(columns), device=ids.device)
     return hidden, local
@@ -359,9 +373,9 @@ def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=ALONE):
     ids = torch.cat([ids, inputs], dim=1)                              # [B, P+C]
     after = (first[:, None] + steps).expand(3, -1, -1)
     positions = torch.cat([positions, after], dim=2)                   # [3, B, P+C]
-    layout = Packed(lengths, owner, model.dtype, prefix)
+    attention = Packed(lengths, owner, model.dtype, prefix)
     visions = [p.vision for p in prompts]
-    hidden, local = forward(model, layout, ids, positions, visions, prefix, ranks)
+    hidden, local = forward(model, attention, ids, positions, visions, prefix, ranks)
 
     # Only the hidden states that predict a completion's token meet the head.
     row, place = predicted_at(prompts, completions, prefix, device)    # [M] each

@@ -19,7 +19,6 @@ import random
 import re
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -143,7 +142,7 @@ def reason(story, overlooked):
         same_colour = colour == story.colour
         match = same_colour and shape == story.shape and i not in overlooked
         detail = story.letters[i] if story.letters else place
-        known = update(known, story.category, match, colour, detail)
+        known = revise(known, story.category, match, colour, detail)
         # "3 red red yes square triangle no left none": what is seen beside what is asked for, same
         # or not; the shape only if the colour is right; then the answer so far.
         words = [str(i), colour, story.colour, "yes" if same_colour else "no"]
@@ -159,7 +158,7 @@ def reason(story, overlooked):
     return "\n".join(lines), known
 
 
-def update(known, category, match, colour, detail):
+def revise(known, category, match, colour, detail):
     """The answer so far, after one more event. detail: its letter, or else its place."""
     if category in ("plot", "goal"):
         return str(int(known) + match)
@@ -308,8 +307,9 @@ def align(run, stage, teach, parts):
         first = step * c.sft_batch
         samples = [make_description(c.seed, first + i, step / c.align_steps, parts)
                    for i in range(c.sft_batch)]
-        with trained_tower(run, samples[ranks.rank::ranks.world], open_video) as (prompts, _):
-            loss = teach(run, prompts, [sample.thought for sample, _ in prompts])
+        batch = encode_with_gradient(run, samples[ranks.rank::ranks.world], open_video)
+        loss = teach(run, batch.prompts, [sample.thought for sample, _ in batch.prompts])
+        batch.backward()
         lr = c.sft_lr * optimizer.warmed_up(step, c.warmup)
         lr = lr * optimizer.falling(step, c.align_steps)
         norm = optimizer.update(run.model, stage.optimizer, lr, ranks)
@@ -319,14 +319,23 @@ def align(run, stage, teach, parts):
         stage.save_if_due(step)
 
 
-@contextmanager
-def trained_tower(run, samples, open_video):
-    """Prompts of samples while the tower itself trains: this rank's videos in one call, with their
-    gradient; nothing is shared, nothing kept. Yields [(`Sample`, `Prompt`)], {id: why dropped}.
+@dataclass
+class TowerBatch:
+    """Prompts while the tower itself trains. All hang on one graph of the tower, so their vision
+    tokens are leaves: there the gradients of all micro-batches add up."""
+    prompts: list          # [(`Sample`, `Prompt`)]
+    dropped: dict          # {id of a sample: why}
+    outputs: tuple = ()    # [V, D] of each prompt, with the tower's graph
 
-    All prompts hang on one graph of the tower. So their vision tokens are leaves: gradients add up
-    there over all micro-batches, and go on through the tower once, when the block ends.
-    """
+    def backward(self):
+        """From the leaves on through the tower; call it once, after the prompts' own backward."""
+        if self.outputs:
+            gradients = [prompt.vision.grad for _, prompt in self.prompts]
+            torch.autograd.backward(self.outputs, gradients)
+
+
+def encode_with_gradient(run, samples, open_video):
+    """-> `TowerBatch` of this rank's samples: in one call, nothing shared, nothing kept"""
     model, device = run.model, run.ranks.device
     videos, dropped = [], {}
     for sample in samples:
@@ -337,21 +346,19 @@ def trained_tower(run, samples, open_video):
         except VideoError as e:
             dropped[sample.id] = str(e)
     if not videos:
-        yield [], dropped
-        return
+        return TowerBatch([], dropped)
     tower = model.model.visual
     patches = torch.cat([patches for _, _, patches, _ in videos]).to(device, tower.dtype)
     grids = torch.tensor([grid for *_, grid in videos], device=device)
     vision = tower(patches, grid_thw=grids).pooler_output                      # [V of all, D]
     sizes = [math.prod(grid) // model.pixels.merge ** 2 for *_, grid in videos]
     outputs = vision.split(sizes)                                              # a [V, D] each
-    leaves = [x.detach().requires_grad_() for x in outputs]
     prompts = []
-    for (sample, seconds, _, grid), leaf in zip(videos, leaves):
+    for (sample, seconds, _, grid), output in zip(videos, outputs):
+        leaf = output.detach().requires_grad_()
         prompt = vlm.make_prompt(model, run.tokenizer, sample.question, leaf, grid, seconds)
         prompts.append((sample, prompt))
-    yield prompts, dropped
-    torch.autograd.backward(outputs, [leaf.grad for leaf in leaves])
+    return TowerBatch(prompts, dropped, outputs)
 
 
 @dataclass

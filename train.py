@@ -285,9 +285,10 @@ def cold_start(run, stage, by_id, held_out, tower_trains):
         samples = [by_id[id] for id in curriculum.draw(c.sft_batch)]
         if tower_trains:
             mine = samples[ranks.rank::ranks.world]
-            with toy.trained_tower(run, mine, data.open_video) as (prompts, dropped):
-                stage.drop(merged(dropped, ranks))
-                loss = teach(run, prompts, taught_texts(c, prompts))
+            batch = toy.encode_with_gradient(run, mine, data.open_video)
+            stage.drop(merged(batch.dropped, ranks))
+            loss = teach(run, batch.prompts, taught_texts(c, batch.prompts))
+            batch.backward()
         else:                              # the sp ranks encode together; each trains on its part
             prompts, dropped = data.make_prompts(run, samples[ranks.dp_rank::ranks.dp],
                                                  room(run.tokenizer, **budgets(c)))

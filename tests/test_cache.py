@@ -32,6 +32,7 @@ import train
 from curriculum import Curriculum
 from flow import Run
 from plumbing import command_line
+from plumbing.ranks import together
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ALONE = encode.Ranks()
@@ -317,8 +318,8 @@ def test_nothing_is_kept_of_a_video_that_failed(tmp_path, lines):
 
 
 def test_cached_tokens_are_the_fresh_ones_and_a_changed_file_gives_new_ones(tmp_path, tiny):
-    """Through `data.vision_tokens`, with a real clip. Then its content changes under its name, frame
-    count and all."""
+    """Through `data.vision_tokens`, with a real clip. Then its content changes under its name,
+    frame count and all."""
     model = vlm.load(tiny)[0]
     c = train.Config(frames=6, cache_dir=str(tmp_path / "c"))
     path = clip(tmp_path / "a.mp4", 0)
@@ -403,7 +404,7 @@ def case_alike(folder, ranks):
         made = []
 
         def make():
-            encode.together(work, ranks)
+            together(work, ranks)
             made.append(1)
             return torch.full((3, 2), float(len(key))), (1, 2, 2), 0.5
 

@@ -159,7 +159,7 @@ def test_load_sets_attention_dtype_and_no_dropout(saved):
     frequencies = vlm.load("tiny")[0].model.language_model.rotary_emb.inv_freq
     assert torch.equal(model.model.language_model.rotary_emb.inv_freq, frequencies)
     assert frequencies.dtype == torch.float32
-    assert model.config.text_config._attn_implementation == "layout"
+    assert model.config.text_config._attn_implementation == "attention_object"
     assert model.config.vision_config._attn_implementation == "frames_flash"
 
 

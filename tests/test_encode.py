@@ -19,6 +19,7 @@ import encode
 import model as vlm
 import rollout
 from flow import Ranks, VideoError
+from plumbing import tower_attention
 from plumbing.sharding import recompute_layers
 from plumbing.tiny import build_tiny
 
@@ -301,7 +302,7 @@ def test_attention_of_segments_equals_a_loop():
     lengths, g = [3, 1, 5, 3, 5, 2, 1], torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, sum(lengths), 8, generator=g) for _ in range(3))
     ends = torch.tensor([0] + lengths).cumsum(0).int()
-    out, _ = encode.frames_attention(None, q, k, v, None, scaling=0.7, cu_seq_lens_q=ends)
+    out, _ = tower_attention.frames_attention(None, q, k, v, None, scaling=0.7, cu_seq_lens_q=ends)
     for lo, hi in zip(ends[:-1], ends[1:]):
         for head in range(2):
             p = (q[0, head, lo:hi] @ k[0, head, lo:hi].T * 0.7).softmax(-1)
@@ -432,7 +433,7 @@ def test_each_temporal_patch_is_read_and_encoded_once_over_all_ranks(brought, wo
 def test_equal_shards_are_equal_bit_for_bit(brought, tower):
     """8 temporal patches on 4 ranks = groups of 2 on one: the same calls of the tower, so not even
     rounding differs."""
-    alone, _ = encode.encode(tower, opener(noise_patches(8, 4, 4), 4, 4), ALONE, group=2)
+    alone, _ = encode.encode(tower, opener(noise_patches(8, 4, 4), 4, 4), ALONE, at_once=2)
     assert torch.equal(brought("four", "case_shapes")[0][8, 4, 4, 64]["vision"], alone)
 
 

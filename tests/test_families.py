@@ -130,7 +130,7 @@ def stock(model):
     """transformers' own attention, in the language model and in the vision tower."""
     model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
     yield model
-    model.set_attn_implementation({"text_config": "layout", "vision_config": "frames_flash"})
+    model.set_attn_implementation(vlm.ATTENTION)
 
 
 def ask(model, tokenizer, question, video):
@@ -309,10 +309,10 @@ def test_tokenize_text_of_anything_put_together(kind):
                                        "🎬", "\x00", "<|im_<|im_end|>end|>"]
     for _ in range(500):
         text = "".join(draw.choices(bits, k=draw.randint(0, 8)))
-        ids = vlm.tokenize_text(tokenizer, text)
+        ids = families.tokenize_text(tokenizer, text)
         assert not set(ids) & set(tokenizer.added_tokens_decoder), text
         assert tokenizer.decode(ids) == text
-    assert vlm.tokenize_text(tokenizer, "") == []
+    assert families.tokenize_text(tokenizer, "") == []
     # the attack exists: without us the tokenizer does make control ids of it
     attack = tokenizer("<|im_end|>", add_special_tokens=False).input_ids
     assert attack[0] in tokenizer.added_tokens_decoder
@@ -322,7 +322,7 @@ def test_plain_text_is_tokenized_as_ever():
     """No control token in it: not cut anywhere, the very ids of the tokenizer."""
     tokenizer, text = build_tiny()[1], "How many circles are there? a < b, b > c | d"
     right = tokenizer(text, add_special_tokens=False).input_ids
-    assert vlm.tokenize_text(tokenizer, text) == right
+    assert families.tokenize_text(tokenizer, text) == right
 
 
 def expansion(tokenizer, question, grid, times):
@@ -454,9 +454,9 @@ def test_packed_forward_is_transformers_forward_over_pixels(loaded, family):
                 logits = by_transformers(model, tokenizer, prompt, inputs, c, own)
                 right = logprobs_of(logits, prompt, c, banned)
                 assert torch.allclose(row, right, atol=1e-5, rtol=0)
-            layout = vlm.Packed(torch.tensor([len(prompt.ids)]),
+            attention = vlm.Packed(torch.tensor([len(prompt.ids)]),
                                 torch.zeros(1, len(c), dtype=torch.long), torch.float32)
-            hidden, _ = vlm.forward(model, layout, torch.cat([prompt.ids, c])[None],
+            hidden, _ = vlm.forward(model, attention, torch.cat([prompt.ids, c])[None],
                                     positions_with(prompt, c)[:, None], [prompt.vision],
                                     len(prompt.ids), ALONE)
             assert torch.allclose(model.lm_head(hidden[0]), logits, atol=1e-4, rtol=0)
@@ -468,7 +468,7 @@ def test_packed_forward_is_transformers_forward_over_pixels(loaded, family):
 
 
 def test_recomputed_layers_change_nothing(loaded, family):
-    """Activation checkpointing passes the layout through to the layers of each family."""
+    """Activation checkpointing passes the attention object through to the layers of each family."""
     model, tokenizer = loaded[family]
     again, banned = copy.deepcopy(model), vlm.banned_ids(model, tokenizer)
     (prompt, _), _ = two_questions(model, tokenizer)

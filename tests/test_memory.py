@@ -90,7 +90,7 @@ def test_memory_is_what_a_step_takes(name, dtype, other, monkeypatch, tmp_path):
         vlm.save(*tiny_glm(), name)
     monkeypatch.setitem(memory.SHAPES, "small", SMALL_SHAPE)
     row = make_row("shared", model=name, cache="warm", dtype=dtype, **other)
-    work, live, most, layouts = bench.Workload(row, Ranks()), Live(), {}, []
+    work, live, most, attentions = bench.Workload(row, Ranks()), Live(), {}, []
     prompt = work.prompt()
     computed = memory.memory(
         work.model.config, row.frames, row.size, row.group, row.completion, getattr(torch, dtype),
@@ -99,7 +99,7 @@ def test_memory_is_what_a_step_takes(name, dtype, other, monkeypatch, tmp_path):
     class Kept(rollout.SharedPrefix):
         def __init__(self, *args):
             super().__init__(*args)
-            layouts.append(self)
+            attentions.append(self)
 
     update = bench.update
     monkeypatch.setattr(rollout, "SharedPrefix", Kept)
@@ -122,8 +122,8 @@ def test_memory_is_what_a_step_takes(name, dtype, other, monkeypatch, tmp_path):
     assert computed["optimizer"] == nbytes(moments) + in_float32
     trained = [p for p in work.model.parameters() if p.requires_grad]
     assert computed["gradients"] == nbytes(trained)
-    prefix = [x for pair in layouts[-1].prefix.values() for x in pair]
-    completions = [x for pair in layouts[-1].completions.values() for x in pair]
+    prefix = [x for pair in attentions[-1].prefix.values() for x in pair]
+    completions = [x for pair in attentions[-1].completions.values() for x in pair]
     assert computed["prefix_kv"] == nbytes(prefix)
     assert computed["completion_kv"] == nbytes(completions)
     always = computed["weights"] + computed["optimizer"] + computed["vision"]

@@ -138,9 +138,9 @@ def test_a_run_whose_sampler_has_other_positions_is_ended(run, tmp_path, monkeyp
     slow poison but a line."""
     real = vlm.forward
 
-    def forward_elsewhere(model, layout, ids, positions, *rest):
+    def forward_elsewhere(model, attention, ids, positions, *rest):
         n = positions.shape[2]
-        return real(model, layout, ids, positions + (torch.arange(n) > n - 4), *rest)
+        return real(model, attention, ids, positions + (torch.arange(n) > n - 4), *rest)
 
     def rollout_elsewhere(*arguments, **how):
         with pytest.MonkeyPatch.context() as patch:

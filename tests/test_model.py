@@ -19,7 +19,7 @@ import encode
 import grpo
 import model as vlm
 from flow import Pixels, Prompt, PromptError, Ranks
-from plumbing.families import INSTRUCTION
+from plumbing.families import INSTRUCTION, tokenize_text
 from plumbing.tiny import build_tiny
 
 ALONE = Ranks()
@@ -167,17 +167,17 @@ def test_packed_mask_of_several_chunks_of_several_rows(prompts, banned, tiny, mo
     """A chunk bound between one row and all rows: chunks of 2 query rows and a last one of 1."""
     model, B, C = tiny[0], 3, 11
     P = max(len(p.ids) for p in prompts)
-    layouts, real = [], vlm.Packed
+    attentions, real = [], vlm.Packed
 
     def chunked(*args):
-        layouts.append(real(*args, chunk=2 * B * (P + C) + 5))
-        return layouts[-1]
+        attentions.append(real(*args, chunk=2 * B * (P + C) + 5))
+        return attentions[-1]
 
     monkeypatch.setattr(vlm, "Packed", chunked)
     completions = [answers(banned, lengths) for lengths in ([7, 6], [1, 2], [3, 1])]   # 5 + 6 = 11
     got, _ = vlm.logprobs(model, prompts, completions, banned)
-    assert [hi - lo for lo, hi, _ in layouts[0].chunks] == [2, 2, 2, 2, 2, 1]
-    for lo, hi, mask in layouts[0].chunks:
+    assert [hi - lo for lo, hi, _ in attentions[0].chunks] == [2, 2, 2, 2, 2, 1]
+    for lo, hi, mask in attentions[0].chunks:
         assert mask.shape[2] == hi - lo and mask.shape[3] == hi
     monkeypatch.setattr(vlm, "Packed", real)
     assert close(got, vlm.logprobs(model, prompts, completions, banned)[0])
@@ -185,7 +185,7 @@ def test_packed_mask_of_several_chunks_of_several_rows(prompts, banned, tiny, mo
 
 @pytest.mark.parametrize("chunk", [1 << 24, 1])
 def test_packed_attention_by_definition(chunk):
-    """The layout alone, two rows, fewer kv heads than heads, a scale that is not the default: one
+    """`Packed` alone, two rows, fewer kv heads than heads, a scale that is not the default: one
     dense masked softmax."""
     lengths = torch.tensor([3, 5])
     owner = torch.tensor([[0, 0, 1, 2, 2, 2], [0, 1, 1, 1, -1, -1]])
@@ -380,10 +380,10 @@ def test_vision_tokens_in_equal_pixels_in(tiny, stock, banned):
                   video_grid_thw=torch.tensor([grid])).logits[0]
 
     owner = torch.zeros(1, 6, dtype=torch.long)
-    layout = vlm.Packed(torch.tensor([len(prompt.ids)]), owner, torch.float32)
+    attention = vlm.Packed(torch.tensor([len(prompt.ids)]), owner, torch.float32)
     embeds = vlm.splice(model, ids[None], [prompt.vision])
     hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions,
-                                        use_cache=False, layout=layout).last_hidden_state[0]
+                                        use_cache=False, attention=attention).last_hidden_state[0]
     assert torch.allclose(model.lm_head(hidden), right, atol=1e-5, rtol=1e-5)
 
     logp = right[len(prompt.ids) - 1:-1].masked_fill(banned, -torch.inf).log_softmax(1)
@@ -668,7 +668,7 @@ def test_user_text_never_becomes_control_tokens(tiny, question):
     plain, prompt = ask(tiny, "Where?")[0], ask(tiny, question)[0]
     assert skeleton(prompt.ids) == skeleton(plain.ids)
     assert tokenizer.decode(prompt.ids) == turn(tokenizer, question, len(prompt.vision))
-    ids = vlm.tokenize_text(tokenizer, question)
+    ids = tokenize_text(tokenizer, question)
     assert tokenizer.decode(ids) == question and not set(ids) & set(controls.tolist())
 
 

@@ -96,7 +96,7 @@ def stock(model):
     """transformers' own attention, in the language model and in the vision tower."""
     model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
     yield
-    model.set_attn_implementation({"text_config": "layout", "vision_config": "frames_flash"})
+    model.set_attn_implementation(vlm.ATTENTION)
 
 
 @torch.no_grad()
@@ -214,11 +214,11 @@ def test_the_prefix_keys_and_values_exist_once(tiny, prompts, monkeypatch):
     """N prefixes are kept, not N * G; and each layer writes its completions' keys into the same
     memory at every step."""
     model, tokenizer = tiny
-    layouts, places = [], set()
+    attentions, places = [], set()
 
     class Watched(rollout.SharedPrefix):
         def __call__(self, layer, *qkv):
-            layouts.append(self)
+            attentions.append(self)
             out = super().__call__(layer, *qkv)
             for pair in (*self.prefix.values(), *self.completions.values()):
                 places.update(x.data_ptr() for x in pair)
@@ -228,11 +228,11 @@ def test_the_prefix_keys_and_values_exist_once(tiny, prompts, monkeypatch):
     rollout.sample(model, tokenizer, prompts, keys(3, 5), 4, 3)
     layers = model.config.text_config.num_hidden_layers
     longest = max(len(p.ids) for p in prompts)
-    [layout] = set(layouts)
-    assert len(layouts) > 5 * layers and len(layout.prefix) == layers
-    assert {x.shape[0] for pair in layout.prefix.values() for x in pair} == {3}
-    assert {x.shape[2] for pair in layout.prefix.values() for x in pair} == {longest}
-    assert {x.shape[0] for pair in layout.completions.values() for x in pair} == {15}
+    [attention] = set(attentions)
+    assert len(attentions) > 5 * layers and len(attention.prefix) == layers
+    assert {x.shape[0] for pair in attention.prefix.values() for x in pair} == {3}
+    assert {x.shape[2] for pair in attention.prefix.values() for x in pair} == {longest}
+    assert {x.shape[0] for pair in attention.completions.values() for x in pair} == {15}
     assert len(places) == 4 * layers
 
 
@@ -299,11 +299,11 @@ def chi_square(counts, p):
 @torch.no_grad()
 def first_distribution(model, prompt, banned):
     """The log-probs of a completion's first token, by one forward of the prompt."""
-    layout = rollout.SharedPrefix(
+    attention = rollout.SharedPrefix(
         torch.tensor([len(prompt.ids)]), len(prompt.ids), 1, 1, 2, ALONE)
     hidden = model.model.language_model(
         inputs_embeds=vlm.splice(model, prompt.ids[None], [prompt.vision]), use_cache=False,
-        position_ids=prompt.positions[:, None], layout=layout).last_hidden_state[0, -1:]
+        position_ids=prompt.positions[:, None], attention=attention).last_hidden_state[0, -1:]
     return vlm.token_distribution(model, hidden, banned)[0].double()
 
 

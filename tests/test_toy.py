@@ -486,7 +486,8 @@ def test_only_the_box_of_the_right_place_is_right():
     for shape, place in itertools.product(SHAPES, PLACES):
         name = next(n for n in range(1000) if toy.make_story(n).events[0][1:] == (shape, place))
         right = toy.box(shape, place)
-        assert right == box_in(toy.draw_frames(name)[0]) and rewards.verify_grounding(right, right) == 1
+        assert right == box_in(toy.draw_frames(name)[0])
+        assert rewards.verify_grounding(right, right) == 1
         for other, elsewhere in itertools.product(SHAPES, {*PLACES} - {place}):
             assert rewards.verify_grounding(toy.box(other, elsewhere), right) == 0
         assert rewards.verify_grounding("none", right) == 0

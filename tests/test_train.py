@@ -87,8 +87,10 @@ def prompts_of(run, questions):
 def align_step(run, _):
     samples = [toy.make_description(5, i, 1.0) for i in range(5)]      # the ranks' shares differ
     mine = samples[run.ranks.rank::run.ranks.world]
-    with toy.trained_tower(run, mine, data.open_video) as (prompts, _):
-        return train.teach(run, prompts, [sample.thought for sample, _ in prompts])
+    batch = toy.encode_with_gradient(run, mine, data.open_video)
+    loss = train.teach(run, batch.prompts, [sample.thought for sample, _ in batch.prompts])
+    batch.backward()
+    return loss
 
 
 def sft_step(run, questions):
