@@ -160,7 +160,7 @@ def tied(ranks, folder):
 
 
 def peaks(ranks, **how):
-    """-> `memory.memory` of a step with everything sharded, and what it takes at once, per phase."""
+    """-> `memory.memory` of a sharded step, sizes, and what it takes at once, per phase."""
     row = make_row("shared+sp", model="small", cache="warm", size=112, dtype="bfloat16", sp=2,
                    **how)
     work, most, live = bench.Workload(row, ranks), {}, Live()
