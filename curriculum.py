@@ -1,16 +1,16 @@
 """
 RLCS, reinforcement learning with curriculum sampling (GLM-4.1V-Thinking §5.3). Rollouts take most
 of a step's time, and a question that is always or never answered right teaches nothing. Four
-remedies, in the order of a step:
+remedies, in the order of an RL step:
 
   tiers            each question's pass rate is estimated from offline grades and from every group
-  re-weighting     questions of medium difficulty are drawn more often, the others less, all some
-  oversampling     more questions are asked, by a ratio that is known before anything is sampled
+  re-weighting     questions of medium difficulty are drawn more often, but no question never
+  oversampling     more questions are drawn, by a ratio that is known before anything is sampled
   balance          of the groups with signal, those nearest to half right are trained on
 
-The paper gives no number for any of it: not for the tiers, the merging of labels, the weights, the
-average's coefficient, nor a cap for a ratio that has no bound. The numbers below are ours. Left
-out: the labels of human experts, and a sampling ratio for each domain.
+The paper gives no numbers: not for the tiers, the merging of labels, the weights, the coefficient
+of the moving average, or a cap on the unbounded ratio. The numbers below are ours. Left out: the
+labels of human experts, and a sampling ratio per domain.
 
   python curriculum.py     a simulated learner, and how the tiers move
 """
@@ -21,20 +21,20 @@ from bisect import bisect_left, bisect_right
 
 CUTS = [0.1, 0.35, 0.65, 0.9]   # pass rates between the five tiers
 PRIOR = 0.5                     # right and wrong answers that every question starts with
-DECAY = 0.7                     # what a visit leaves of the answers before it: a tenth after 6
-FLOOR = 0.1                     # a tier's smallest weight, as a part of the largest
+DECAY = 0.7                     # factor on earlier answers at each visit: a tenth is left after 6
+FLOOR = 0.1                     # smallest weight of a tier, as a share of the largest
 SMOOTH = 0.9                    # coefficient of the ratio's moving average: about ten steps
 SAVED = ("epoch", "queue", "met", "dropped", "recent", "ratio")     # in a checkpoint
 
 
 class Curriculum:
-    """Draws sample ids, and learns how hard they are from what their groups earn.
+    """Draws sample ids, and learns how hard they are from the accuracies of their groups.
 
     Draws walk through all ids in a shuffled order, epoch after epoch, and pass over an id with a
-    probability that its tier sets: no question is asked again before the others had their turn.
-    With equal weights (nothing is known yet, or tiers=False) every id comes once an epoch. Draws
-    depend only on the seed, the place in the walk and what was noted so far: they are equal on all
-    ranks, and after a restart.
+    probability that depends on its tier: no question is drawn again before the others had a
+    chance. With equal weights (nothing is known yet, or tiers=False) every id comes once per epoch.
+    Draws depend only on the seed, the place in the walk and the results noted so far: they are
+    equal on all ranks, and after a restart.
     """
 
     def __init__(self, ids, seed, grades=None, tiers=True):
@@ -43,11 +43,11 @@ class Curriculum:
         self.seed = seed
         self.tiers = tiers
         self.epoch = 0       # epochs begun
-        self.queue = []      # ids that are still to be met, in order
-        self.met = 0         # ids met so far, drawn or passed over; it seeds the next one's chance
+        self.queue = []      # ids that are still to come, in order
+        self.met = 0         # ids drawn or passed over so far; seeds the next accept/skip draw
         self.dropped = {}    # id -> why it cannot be used
         self.recent = {}     # id -> [sum of accuracies, completions], earlier ones decayed
-        self.ratio = 1.0     # prompts asked for each group wanted, averaged over the steps
+        self.ratio = 1.0     # prompts drawn per group wanted, averaged over the steps
         for id in self.ids:
             if grades and id in grades:
                 self.recent[id] = [float(x) for x in grades[id]]
@@ -55,7 +55,7 @@ class Curriculum:
     # ----- how hard is a question?
 
     def rate(self, id):
-        """The estimated pass rate: the mean of a Beta posterior, 0.5 where nothing is known.
+        """The estimated pass rate: the mean of a Beta posterior, 0.5 if nothing is known.
 
         Offline grades count like answers of an earlier visit. Graded 2 of 8: 2.5 / 9 = 0.28. Then
         a visit with 8 of 8 right: (0.5 + 0.7 * 2 + 8) / (1 + 0.7 * 8 + 8) = 0.68.
@@ -85,7 +85,7 @@ class Curriculum:
 
         In proportion to the mean of p(1-p), the variance of one answer: what such a group can
         teach. At least FLOOR of the largest, so that a question that was too hard is tried again,
-        and forgetting one that was mastered is noticed.
+        and a mastered one that is forgotten is noticed.
         """
         _, signal = self.census()
         floored = [max(s, FLOOR * max(signal)) for s in signal]
@@ -94,11 +94,11 @@ class Curriculum:
         return [w / sum(floored) for w in floored]
 
     def update(self, id, correct, total):
-        """Note what a group of `total` completions earned; correct is the sum of accuracies."""
+        """Note a group's result: `total` completions; correct is the sum of their accuracies."""
         correct_before, total_before = self.recent.get(id, (0.0, 0.0))
         self.recent[id] = [correct_before * DECAY + correct, total_before * DECAY + total]
 
-    # ----- which questions are asked next?
+    # ----- which questions are drawn next?
 
     def draw(self, n):
         """The next n ids, none twice unless fewer are in use. ValueError if all were dropped."""
@@ -144,7 +144,7 @@ class Curriculum:
         return chance * largest < weights[self.tier(id)]
 
     def peek(self, n):
-        """What draw(n) would give now, without drawing; [] if every id was dropped.
+        """What draw(n) would return now, without drawing; [] if every id was dropped.
 
         A guess, for reading ahead: a drop or an update before the draw may change some of it.
         """
@@ -158,17 +158,17 @@ class Curriculum:
         """Never draw this id again."""
         self.dropped[id] = why
 
-    # ----- how many questions are asked?
+    # ----- how many questions are drawn?
 
     def expanded(self, n, multiple=1):
-        """How many prompts to ask so that about n groups have signal, rounded up to a multiple."""
+        """How many prompts to draw so that about n groups have signal, rounded up to a multiple."""
         # The moving average approaches 1 but never reaches it: without this allowance ceil would
-        # ask for one prompt too many for ever.
+        # draw one prompt too many for ever.
         prompts = n * self.ratio - 0.01
         return math.ceil(prompts / multiple) * multiple
 
     def note_valid(self, valid, total, cap=8.0):
-        """Of a step's `total` groups `valid` had signal; adapt the ratio. -> True if capped"""
+        """Adapt the ratio: of a step's `total` groups, `valid` had signal. -> True if capped"""
         if not total:                                      # a step without groups says nothing
             return False
         ratio_now = expansion_ratio(1 - valid / total, cap)
@@ -184,7 +184,7 @@ class Curriculum:
 
 
 def expansion_ratio(invalid_rate, cap=8.0):
-    """Prompts to ask for each group wanted, where a part of the groups has no signal. -> float
+    """Prompts to draw per group wanted, if a share of the groups has no signal. -> float
 
     0 -> 1, 0.5 -> 2, 0.8 -> 5; at most cap, since there is no bound near 1. (GLM-4.1V §5.3.1)
     """
@@ -192,14 +192,14 @@ def expansion_ratio(invalid_rate, cap=8.0):
 
 
 def has_signal(accuracies):
-    """True where a group's accuracies differ. Rewards may differ by format alone: no signal."""
+    """True if a group's accuracies differ. Rewards that differ only by format are no signal."""
     return len(set(accuracies)) > 1
 
 
 def balanced(accuracies, n):
-    """Of a step's groups, the n with signal whose mean accuracy is nearest to a half, or fewer.
+    """Of a step's groups, up to n that have signal, those with mean accuracy nearest to a half.
 
-    accuracies: {slot: [G]}. -> slots in ascending order; of two as near, the lower is taken first
+    accuracies: {slot: [G]}. -> slots in ascending order. Of two equally near, the lower is taken.
     """
     distance = {}
     for slot, group in accuracies.items():
@@ -211,7 +211,8 @@ def balanced(accuracies, n):
 
 def simulate(steps=200, ids=400, n=32, group=8, rlcs=True, seed=0):
     """A learner whose skill grows with every group it learns from, on questions easy to hard.
-    Yields (curriculum, prompts asked, groups with signal, groups kept, {id: pass rate}) a step."""
+    Yields (curriculum, prompts drawn, groups with signal, groups kept, {id: pass rate}) per step.
+    """
     difficulty = {f"q{i}": -4 + 8 * i / ids for i in range(ids)}
     rng = random.Random(seed)
     skill = -2.0
@@ -231,7 +232,7 @@ def simulate(steps=200, ids=400, n=32, group=8, rlcs=True, seed=0):
 
 
 if __name__ == "__main__":
-    print("32 groups wanted a step, of 400 questions; "
+    print("32 groups wanted per step, from 400 questions; "
           "the learner's skill grows with every group it learns from\n"
           "        questions in each tier, hard to easy    asked  with signal  kept"
           "    uniform: asked  with signal")

@@ -1,12 +1,12 @@
 """
-GRPO: G answers to one question are graded and compared with each other. What was deleted from the
+GRPO: G answers to one question are graded and compared with each other. What was left out of the
 papers' versions, and why:
 
 1. The KL term, with the reference model and the k3 estimate that it needs. LongVILA-R1's code has
    it, with weight 0.01. GLM-4.1V-Thinking found that the KL of a vision model grows faster than
    that of a text model, and that suppressing it limits what the model learns.
 2. The entropy bonus. In GLM's runs it led to garbled text and then to collapse. Exploration is kept
-   alive by raising the upper clip bound alone (clip-higher).
+   alive by raising only the upper clip bound (clip-higher).
 3. The dual clip and the clamps on log-ratios. The clip is the trust region. With a sampler whose
    log-probs are exact, nothing else is needed.
 4. The forward pass of the old policy. The old log-probs are the sampler's. That saves one forward,
@@ -20,9 +20,9 @@ def advantages(rewards):
     """How much better each completion is than its group. rewards: [G] -> float32 [G]
 
     (r - mean) / (std + 1e-6), where std divides by G - 1. (LongVILA-R1 eq. 2, as in GLM-4.1V.)
-    Exactly 0 where all rewards are equal. That is tested before the division: in floating point the
+    Exactly 0 if all rewards are equal. This is tested before the division: in floating point the
     mean of equal numbers may differ from them, and a rounding error divided by 1e-6 would be
-    trained on. Raises ValueError for G < 2.
+    trained on. Raises ValueError if G < 2.
 
     >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     tensor([ 1.5000, -0.5000, -0.5000, -0.5000])
@@ -46,15 +46,15 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_low, clip_high, a
     mask: bool [B, L], True where a token was sampled. Forced tokens and padding carry no loss.
     average: "sample" gives every completion the same weight, "token" every token. (GLM-4.1V found
         the first to be more stable.)
-    divisor: the completions ("sample") or sampled tokens ("token") of the whole optimizer step over
-        all ranks. With it the losses of parts of a step add up to the step's, however it is cut
+    divisor: the completions ("sample") or sampled tokens ("token") of the whole update, over all
+        ranks. With it the losses of all micro-batches add up to the update's, however it is cut
         into rows. None: those of this call.
     metrics: sums over the mask, which add up likewise: tokens, clip_low, clip_high.
     """
     if average not in ("sample", "token"):
         raise ValueError(f'loss_average is "sample" or "token", not {average!r}')
-    # Outside the mask a log-prob may be -inf, if a forced token is a banned one. It is masked
-    # before exp, because masking after it would leave NaN in the gradient.
+    # Outside the mask a log-prob may be -inf, if a forced token is banned. It is masked before exp,
+    # because masking afterwards would leave NaN in the gradient.
     old_logprobs = old_logprobs.masked_fill(~mask, 0)
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0)                # [B, L]
     ratio = log_ratio.exp()

@@ -1,9 +1,9 @@
 """
-Did the answer come out right? One small verifier for each domain, and one check of the format.
+Is the answer right? One small verifier per domain, and one check of the format.
 
-A verifier is a function (predicted, answer) -> a number in [0, 1], where answer is the gold answer.
-A range, a second guess or a copy of the options is wrong: it might contain any answer. Tags are
-searched for in decoded text, not in tokens: most tokenizers split them and merge their ends.
+A verifier is a function (predicted, answer) -> a number in [0, 1]; answer is the gold answer. A
+range, a second guess or a copy of the options is wrong, because it could contain any answer. Tags
+are searched in decoded text, not in tokens: most tokenizers split them and merge their ends.
 """
 import re
 import sys
@@ -19,15 +19,15 @@ from flow import Reward
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 LATEX_BOX = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")    # braces 3 deep
 GLM_BOX = re.compile(r"<\|begin_of_box\|>(.*?)<\|end_of_box\|>", re.DOTALL)
-LONGEST = 10_000              # characters; what is longer is not parsed as a number, box or time
+LONGEST = 10_000              # characters; longer text is not parsed as a number, box or time
 
 
 class VerifierError(Exception):
-    """A verifier failed. The answer is ungraded, not wrong: its sample is dropped and counted."""
+    """A verifier failed. The answer is ungraded, not wrong: its sample is left out and counted."""
 
 
 def extract_answer(text):
-    r"""The predicted answer of a response; None where it gives none, or more than one.
+    r"""The predicted answer of a response; None if it gives none, or more than one.
 
     >>> extract_answer(r"<think>3 or 4</think><answer>It is \boxed{4}.</answer>")
     '4'
@@ -36,7 +36,7 @@ def extract_answer(text):
     _, end_of_thought, response = text.rpartition("</think>")
     if not end_of_thought and "<think>" in text:
         return None
-    # The answer is in the one <answer> block. Where there is no such tag, a box is enough.
+    # The answer is in the only <answer> block. Without any such tag, a box is enough.
     tags = [response.count(tag) for tag in ("<answer>", "</answer>")]
     boxes = [response.count(mark) for mark in ("\\boxed{", "<|begin_of_box|>", "<|end_of_box|>")]
     if tags == [1, 1]:
@@ -47,7 +47,7 @@ def extract_answer(text):
         answer = response
     else:
         return None
-    # Where there is a box, LaTeX's or GLM's, the answer is in it. It must be the only one.
+    # If there is a box, LaTeX's or GLM's, the answer is in it. It must be the only one.
     if boxes == [0, 0, 0]:
         return answer.strip()
     if boxes == [1, 0, 0]:
@@ -60,17 +60,17 @@ def extract_answer(text):
 
 
 def well_formed(text):
-    """True for one think block, then one answer block, and nothing else. (LongVILA-R1, A9.)"""
+    """True for one think block, then one answer block, and nothing else. (As LongVILA-R1's.)"""
     form = r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*"
     return all(text.count(tag) == 1 for tag in TAGS) and bool(re.fullmatch(form, text, re.DOTALL))
 
 
 def garbled(text):
-    """True where the thinking or the answer ends in a loop, or the thinking changes its script."""
+    """True if thinking or answer ends in a loop, or thinking switches to another writing system."""
     if any(ends_in_loop(part) for part in re.split("|".join(TAGS), text)):
         return True
-    # 50 words or more in each of two scripts, in one at least a quarter of those in the other.
-    # Quotations do not count: a sign in the video may be read out.
+    # At least 50 words in each of two scripts, and in the second at least a quarter as many as in
+    # the first. Quotations do not count: they may be text that is read in the video.
     thought = text.rpartition("</think>")[0][-20000:]
     unquoted = re.sub("\"[^\"\n]*\"|“[^“”\n]*”|「[^「」\n]*」", " ", thought)
     scripts = ("[A-Za-z\u00c0-\u024f]{2,}", "[\u0400-\u04ff]{2,}", "[\u0600-\u06ff]{2,}",
@@ -80,8 +80,8 @@ def garbled(text):
 
 
 def ends_in_loop(text):
-    """True for 8 copies of one piece or more, over 200 characters or more, at the very end: a list
-    may say "nothing." of ten frames and then go on, but a model that is stuck never stops."""
+    """True if the text ends in at least 8 copies of one piece, over at least 200 characters. Only
+    the end counts: a list may repeat "nothing." for ten frames, but a stuck model never stops."""
     tail = text.rstrip()[-8000:]
     for period in range(1, len(tail) // 8 + 1):
         end = tail[-max(200, 8 * period):]
@@ -91,9 +91,9 @@ def ends_in_loop(text):
 
 
 def verify_choice(predicted, answer):
-    """The same letter, alone or before its option: "B", "(b)", "B. right". Not two letters."""
+    """The same letter, with or without its option: "B", "(b)", "B. right". Not two letters."""
     choice = re.compile(r"\(?([A-Za-z])(?:[).:]+(.*))?", re.DOTALL)
-    # A second letter in the option's text: it is alone there, or has a mark, first or later.
+    # A second letter in the option's text: it stands alone, or is marked like an option.
     second = r"\W*[A-Za-z]\W*\Z|\(?[A-Za-z][).:]|.*(?:\A|[\s;,(])\(?[A-Za-z][).:]+(?:\s|\w\w)"
     predicted, gold = choice.fullmatch(predicted.strip()), choice.fullmatch(answer.strip())
     if predicted is None or gold is None or re.match(second, predicted[2] or "", re.DOTALL):
@@ -116,7 +116,7 @@ def fold(text):
 
 
 def verify_open(predicted, answer):
-    """The same words, whatever their case, spaces and punctuation."""
+    """The same words, regardless of case, spaces and punctuation."""
     return float(fold(predicted) == fold(answer) != "")
 
 
@@ -137,7 +137,7 @@ QUANTITY = re.compile(rf"(?:[a-z] ?= ?)?(?:{FRACTION}|{PLAIN}) ?(?P<scale>{'|'.j
 
 
 def quantity(text, percent=True):
-    """(value, unit) of a text that is one number, else (nan, ""). percent: "50%" is 0.5, not 50."""
+    """(value, unit) if text is one number, else (nan, ""). percent: "50%" is 0.5, not 50."""
     for latex, plain in LATEX:
         text = re.sub(latex, plain, text)
     match = QUANTITY.fullmatch(squeeze(text))
@@ -157,23 +157,23 @@ def quantity(text, percent=True):
 
 
 def squeeze(text):
-    """Text with one space for each run of spaces and line ends; "" if it is too long to parse."""
+    """Text with every run of white space as one space; "" if it is too long to parse."""
     text = " ".join(text.split())
     return text if len(text) <= LONGEST else ""
 
 
 def close(predicted, answer, tolerance, percent=True):
-    """True where predicted is a quantity within tolerance * the gold value, in the same unit."""
+    """True if predicted is a quantity within tolerance * the gold value, in the same unit."""
     value, unit = quantity(predicted, percent)
     gold, gold_unit = quantity(answer, percent)
-    same_unit = unit == gold_unit or "" in (unit, gold_unit)          # as written: no table of them
-    return same_unit and abs(value - gold) <= tolerance * abs(gold)   # False where value is nan
+    same_unit = unit == gold_unit or "" in (unit, gold_unit)          # compared as written
+    return same_unit and abs(value - gold) <= tolerance * abs(gold)   # False if value is nan
 
 
 def verify_math(predicted, answer):
     r"""The same number, within 1e-6 of it: 1/2, \frac{1}{2}, 0.5, 50% and 5e-1 are the same."""
     gold, _ = quantity(answer)
-    if not isfinite(gold):                            # "x + 1": the same text, whatever its spaces
+    if not isfinite(gold):                            # "x + 1": the same text, up to spaces
         return float("".join(predicted.split()) == "".join(answer.split()) != "")
     return float(close(predicted, answer, 1e-6))
 
@@ -185,7 +185,7 @@ def verify_chart(predicted, answer):
         return verify_open(predicted, answer)
     tolerance = 0 if re.fullmatch(r"19\d\d|20\d\d|2100", answer.strip()) else 0.025 + 1e-9
     right = close(predicted, answer, tolerance)
-    if not right and ("%" in predicted) != ("%" in answer):           # the axis may have the sign
+    if not right and ("%" in predicted) != ("%" in answer):           # the % may be on the axis
         right = close(predicted, answer, tolerance, percent=False)
     return float(right)
 
@@ -221,8 +221,8 @@ def parse_boxes(text):
 
 
 def verify_grounding(predicted, answer):
-    """Pairs of boxes with IoU above 0.5, over the larger number of boxes. As many pairs as there
-    can be (augmenting paths): to take the best first might use up another box's only partner."""
+    """Number of pairs of boxes with IoU above 0.5, divided by the larger number of boxes. The
+    matching is maximum (augmenting paths): a greedy one could take another box's only partner."""
     predicted, gold = parse_boxes(predicted), parse_boxes(answer)
     near = []                                         # the gold boxes near each predicted box
     for box in predicted:
@@ -262,10 +262,10 @@ VERIFIERS = {"choice": verify_choice, "count": verify_count, "open": verify_open
 
 
 def load_verifier(spec):
-    """Your own verifier, "folder/my_file.py:function". ValueError where it cannot be imported."""
+    """Your own verifier, "folder/my_file.py:function". Raises ValueError if it cannot be loaded."""
     path, _, function = spec.rpartition(":")
     module = types.ModuleType("verifier " + path)
-    sys.modules[module.__name__] = module             # dataclasses look their own module up there
+    sys.modules[module.__name__] = module             # dataclasses look up their own module there
     try:
         with open(path, encoding="utf-8") as f:
             exec(compile(f.read(), path, "exec"), vars(module))
@@ -280,9 +280,9 @@ def load_verifier(spec):
 def score(text, answer, domain, format_weight=0.1):
     """Grade one response. -> `Reward`
 
-    A format_weight of 0.1 is LongVILA-R1's, 0 is GLM-4.1V's. Garbled text costs the format alone: a
-    rule of thumb must not make a right answer wrong. Raises ValueError for a domain without a
-    verifier, VerifierError where the verifier raises or returns anything but a number in [0, 1].
+    format_weight: LongVILA-R1 uses 0.1, GLM-4.1V 0. Garbled text only loses the format reward: a
+    heuristic must not make a right answer wrong. Raises ValueError for a domain without a verifier,
+    VerifierError if the verifier raises or returns anything but a number in [0, 1].
     """
     if domain not in VERIFIERS:
         raise ValueError(f"no verifier for domain {domain!r}; there are: {', '.join(VERIFIERS)}")
@@ -299,7 +299,7 @@ def score(text, answer, domain, format_weight=0.1):
 
 
 def verify(sample, completions, format_weight):
-    """-> ([`Reward`], ""), or (None, why) where the verifier failed: the answers are not graded."""
+    """-> ([`Reward`], ""), or (None, why) if the verifier failed: the answers are not graded."""
     try:
         graded = [score(x.text, sample.answer, sample.domain, format_weight) for x in completions]
     except VerifierError as e:

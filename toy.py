@@ -1,15 +1,16 @@
 """
-The built-in world: short films drawn from a seed, questions about them, and a teacher who errs.
+The built-in world: short films drawn from a seed, questions about them, and a teacher who makes
+mistakes.
 
-A film shows 5 to 10 events, one a second: a circle, square or triangle in one of four colours at
+A film shows 5 to 10 events, one per second: a circle, square or triangle in one of four colours at
 one of four places. A question asks about the events of one colour and shape. Many others look
 alike, and all answers are about equally frequent: a model that does not watch can only guess.
 
 A thought goes through the events in order and notes the answer so far. Each film has two. One is
-right and leads to the gold answer; the other is the teacher's, who overlooks two in three of the
-triangles asked for. The cold start imitates the teacher. The model learns to reason, because the
-teacher's answer follows from its thought, but also to overlook triangles. More imitation cannot
-mend that. Only a verified reward can, because it compares with the gold answer.
+right and leads to the gold answer; the other is that of the teacher, who overlooks two in three of
+the triangles asked for. The cold start imitates the teacher. The model learns to reason, because
+the teacher's answer follows from its thought, but also to overlook triangles. More imitation cannot
+fix that. Only a verified reward can, because it compares with the gold answer.
 
     python toy.py --out=assets/toy.png    draws films with their questions, thoughts and answers
 """
@@ -188,7 +189,7 @@ def box(shape, place):
 
 
 def draw_frames(name):
-    """uint8 [T, 28, 28, 3], half a second a frame. White ticks show the number of the event."""
+    """uint8 [T, 28, 28, 3], half a second per frame. White ticks show the number of the event."""
     story = make_story(name)
     rng = np.random.default_rng(int(str(name).rpartition("-")[2]))
     numbers = np.repeat(range(len(story.events)), story.durations)    # [T] the event of each frame
@@ -218,7 +219,7 @@ def parse_path(path):
 
 
 def open_video(path, frames):
-    """-> `Video` of at most `frames` frames. Raises VideoError for a path that is none of ours."""
+    """-> `Video` of at most `frames` frames. Raises VideoError for a path that is not built in."""
     name, events = parse_path(path)
     film = draw_frames(name)[:sum(make_story(name).durations[:events])]
     chosen = pick(range(len(film)), len(film), frames)
@@ -296,8 +297,8 @@ def make_description(seed, number, progress, parts=CATEGORIES):
 # how the tiny model learns to see
 
 def align(run, stage, teach, parts):
-    """Next-token loss on descriptions of every moment, by which the tower of a model that was made
-    from nothing learns to see. The videos grow longer while it learns.
+    """Next-token loss on descriptions of every event, from which the randomly initialised vision
+    tower learns to see. The videos grow longer while it learns.
 
     teach(run, prompts, texts) does forward and backward, -> the loss; parts: of `parse_parts`.
     """
@@ -367,7 +368,7 @@ class Options:
 
 
 def draw_sheet(path, names=(41, 49, 48, 27, "reading-859", "grounding-32")):
-    """A picture of one film of each category, with what is asked, thought and answered."""
+    """Draw one film of each category, with its question, thought and answers."""
     from matplotlib import figure, patches
     rows = len(names)
     sheet = figure.Figure(figsize=(14, 3.2 * rows))

@@ -1,5 +1,5 @@
 """
-Micro-batches: the groups of an optimizer step, cut into forwards of at most so many tokens.
+Micro-batches: the groups of an update, cut into forwards with a bounded number of tokens.
 """
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ from plumbing.ranks import gather, shard
 @dataclass
 class Batch:
     """The groups of one forward: B prompts, N completions in all, padded to L tokens."""
-    prompts: list               # B of `Prompt`
+    prompts: list               # B `Prompt`s
     tokens: list                # B lists of long [L]
     old_logprobs: torch.Tensor  # [N, L] float32, under the sampler
     sampled: torch.Tensor       # [N, L] bool; False where forced, and beyond a completion's end
@@ -23,11 +23,11 @@ class Batch:
 
 def micro_batches(groups, max_tokens, run, longest_first=True):
     """Yields the groups as `Batch`es of at most max_tokens positions, padding included. A group
-    that alone has more is a batch of its own.
+    that has more by itself is a batch of its own.
 
-    Longest first, little is padded, and no other order has fewer batches. Inside a batch the groups
-    stay in their order. Sharded parameters are gathered by all ranks at once: then every rank gets
-    as many batches as the one with the most, and the last ones may have weight zero.
+    Longest first pads little, and no other order has fewer batches. Inside a batch the groups stay
+    in their order. Sharded parameters (FSDP) are gathered by all ranks together: then every rank
+    gets as many batches as the rank with the most, and the last ones may have weight zero.
     """
     order = list(range(len(groups)))
     if longest_first:
@@ -102,7 +102,7 @@ def token_counts(slots, facts):
 
 
 def rank_share(groups, c, ranks):
-    """The completions of each group that this rank trains on: all of them where the sequence is
+    """Each group with the completions that this rank trains on: all of them if the sequence is
     sharded (stage 2), else 1/sp."""
     if c.stage2:
         return groups
@@ -112,11 +112,11 @@ def rank_share(groups, c, ranks):
 
 
 def sharers(c, ranks):
-    """The ranks that share each packed sequence: with stage 2 those of the sp group."""
+    """The ranks that share each packed sequence: those of the sp group with stage 2, else none."""
     return ranks if c.stage2 else Ranks()
 
 
 def split(slots, n):
-    """n runs of slots, as even as can be; fewer where there are fewer slots."""
+    """n runs of slots, as even as possible; fewer if there are fewer slots."""
     n = min(n, len(slots))
     return [slots[slice(*shard(len(slots), i, n))] for i in range(n)]

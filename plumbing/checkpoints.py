@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from plumbing.families import FAMILIES, read_pixels
 
-logging.disable_progress_bar()          # one bar is enough: train.py's
+logging.disable_progress_bar()          # train.py's bar is enough
 
 
 # --------------------------------------------------------------------------------------------------
@@ -22,8 +22,8 @@ def load_pretrained(name, dtype):
     """A checkpoint of a known family. -> (model, tokenizer, `Pixels`)
 
     name: a Hugging Face directory or hub name. Raises ValueError, in one line that names the
-    checkpoint, where a file is missing or damaged, where the family is unknown, and where a
-    tensor is missing, not expected or of another shape: transformers only logs these.
+    checkpoint, if a file is missing or damaged, if the family is unknown, or if a tensor is
+    missing, unexpected or of another shape (which transformers only logs).
     """
     looks_local = name.startswith((".", "/", "out/")) or name.count("/") > 1
     if looks_local or os.path.exists(name):
@@ -50,7 +50,8 @@ def load_pretrained(name, dtype):
 
 @contextmanager
 def in_one_line(name):
-    """The errors of transformers, of many kinds and lines, as one that names the checkpoint."""
+    """Turns the errors of transformers, of many types and lines, into one line that names the
+    checkpoint."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError,
@@ -65,7 +66,7 @@ def in_one_line(name):
 
 
 def unknown_family(name, kind):
-    """Why a checkpoint of this kind is not read."""
+    """The text of the error for a checkpoint of an unknown family."""
     text = f"{name} is a {kind} model; this code reads {' and '.join(FAMILIES)} checkpoints"
     if kind.startswith("qwen3_vl"):
         text += ("; its tower adds features to several layers of the language model (deepstack), "
@@ -74,12 +75,12 @@ def unknown_family(name, kind):
 
 
 def cast_parameters(model, dtype):
-    """Parameters alone get the dtype: M-RoPE's frequencies, which are buffers, stay float32. In
-    bfloat16 they are off by a radian at position 1,000.
+    """Only parameters get the dtype: M-RoPE's frequencies, which are buffers, stay float32. In
+    bfloat16 they would be off by a radian at position 1,000.
 
-    They are copied, too: weights from a file lie anywhere in memory, and matrix kernels round by
-    alignment, so without the copy a resumed run differs in the last bit from one that never
-    stopped.
+    The parameters are also copied: weights from a file may be unaligned in memory, and the rounding
+    of matrix kernels depends on alignment. Without the copy a resumed run would differ in the last
+    bit from one that never stopped.
     """
     for p in model.parameters():
         p.data = p.data.to(dtype, copy=True)
@@ -90,7 +91,7 @@ def cast_parameters(model, dtype):
 
 def save_pretrained(model, tokenizer, path, weights=None):
     """A checkpoint that transformers and vLLM load as it is: weights, configs, tokenizer and
-    preprocessing. weights: {name: tensor}, gathered, where those of model are sharded."""
+    preprocessing. weights: {name: tensor}, gathered, if those of the model are sharded."""
     model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)
     px = model.pixels
@@ -101,8 +102,8 @@ def save_pretrained(model, tokenizer, path, weights=None):
     videos = {"size": {"shortest_edge": least, "longest_edge": most}}
     images = videos
     if px.video_pixels:
-        # Pictures have other bounds then, which we do not read: transformers' own, spelled out,
-        # since vLLM has no default.
+        # Pictures then have other bounds, which we do not read: write transformers' defaults, since
+        # vLLM has none.
         images = {"size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000}}
         if px.max_pixels < px.video_pixels[1]:
             videos = videos | {"max_frame_pixels": px.max_pixels}

@@ -16,7 +16,7 @@ from typing import get_args, get_origin
 
 from plumbing.sweep import sweep
 
-# What other trainers call it -> what we call it.
+# The name in other trainers -> our name.
 OTHER_NAMES = {
     "learning_rate": "lr", "batch_size": "prompts_per_step", "train_batch_size": "prompts_per_step",
     "num_generations": "group_size", "n": "group_size", "rollout_n": "group_size",
@@ -40,7 +40,7 @@ WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text
 
 
 def convert(key, kind, text):
-    """text as the field `key` of type kind; a list[kind] takes several values with commas."""
+    """text as the field `key` of type kind; a list[kind] takes comma-separated values."""
     if get_origin(kind) is list:
         [one] = get_args(kind)
         return [convert(key, one, part) for part in text.split(",")]
@@ -51,7 +51,7 @@ def convert(key, kind, text):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but what it cannot read is a ValueError: our commands end with one line."""
+    """argparse, but errors raise ValueError, so that our commands end with one line."""
 
     def error(self, message):
         raise ValueError(message)
@@ -61,8 +61,8 @@ def parse(options, about, arguments):
     """--key=value and --key value over the fields of a dataclass. -> an instance of it
 
     options: the dataclass; about: text shown by --help, after the options. Raises ValueError for
-    an unknown key, with the nearest known one, for a value of another type, and for a field
-    without a default that is not given.
+    an unknown key (naming the nearest known one), for a value of another type, and for a missing
+    field that has no default.
     """
     known = {field.name: field for field in fields(options)}
     if {"-h", "--help"} & {*arguments}:
@@ -89,7 +89,7 @@ def parse(options, about, arguments):
 
 
 def unknown(key, known):
-    """What to say of a key that there is not."""
+    """The text of the error for an unknown key."""
     if OTHER_NAMES.get(key) in known:
         return f"unknown option {key!r}; here it is called {OTHER_NAMES[key]!r}"
     near = difflib.get_close_matches(key, known, 1)
@@ -115,7 +115,7 @@ def describe(options):
     return "\n".join(text) + "\n"
 
 
-# What may differ when a run goes on: it changes no step, or (sp to max_tokens) only its rounding.
+# What may differ when a run resumes: it changes no step, or (sp to max_tokens) only its rounding.
 MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2",
               "fsdp", "checkpointing", "max_tokens", "vllm_memory", "vllm_share", "rl_steps",
               "eval_every", "eval_samples", "eval_frames", "eval_budgets", "pass_k", "show_every",
@@ -130,14 +130,14 @@ def to_compare(c):
 
 
 def check_choice(c, key, choices):
-    """Raises ValueError where c.key is none of the choices."""
+    """Raises ValueError if c.key is none of the choices."""
     if getattr(c, key) not in choices:
         names = " or ".join(f'"{choice}"' for choice in choices)
         raise ValueError(f"{key} is {names}, not {getattr(c, key)!r}")
 
 
 def check_range(c, least, most, *keys):
-    """Raises ValueError where one of the options is not a finite number from least to most."""
+    """Raises ValueError if one of the options is not a finite number from least to most."""
     for key in keys:
         value = getattr(c, key)
         if not (math.isfinite(value) and least <= value <= most):
@@ -146,7 +146,7 @@ def check_range(c, least, most, *keys):
 
 
 def check_sampling(c, ranks):
-    """Raises ValueError where what train.Config and evaluate.Config have in common cannot work."""
+    """Raises ValueError if options that train.Config and evaluate.Config share cannot work."""
     check_choice(c, "rollout", ("torch", "vllm"))
     check_choice(c, "dtype", ("float32", "bfloat16"))
     check_range(c, 1, math.inf, "frames", "max_tokens", "vllm_length",
@@ -169,7 +169,7 @@ def check_sampling(c, ranks):
 
 
 def check_training(c, ranks):
-    """Raises ValueError where a train.Config cannot work."""
+    """Raises ValueError if a train.Config cannot work."""
     check_sampling(c, ranks)
     sweep(c)                               # for --mode=eval: raises if it cannot be run
     check_choice(c, "mode", ("train", "eval", "grade"))

@@ -1,6 +1,6 @@
 """
-The families of checkpoints that this code reads: what differs between them, as facts in a table;
-how each writes a prompt; and the bounds on a frame's pixels, which a checkpoint's own files tell.
+The families of checkpoints that this code reads: a table of what differs between them, how each
+writes a prompt, and the bounds on a frame's pixels, which are read from the checkpoint's files.
 """
 import json
 import math
@@ -19,13 +19,13 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>",    # GLM-4.1V has contro
 
 @dataclass(frozen=True)
 class Family:
-    """What this code must know of a family of models."""
-    image_processor: str   # the names by which transformers finds the processors: of pictures,
-    video_processor: str   # of videos,
-    processor: str         # and of both with text
-    vision_pad: str        # the config's name of the id that stands where a vision token goes
+    """What this code must know about a family of models."""
+    image_processor: str   # the names of the processors in transformers: for pictures,
+    video_processor: str   # for videos,
+    processor: str         # and for both with text
+    vision_pad: str        # the config's name of the id that holds the place of a vision token
     around: tuple = ()     # the config's names of the ids before and after a temporal patch
-    clock: str = ""        # text after a temporal patch that tells when it is; "" where time is in
+    clock: str = ""        # text after a temporal patch that gives its time; "" if the time is in
                            # the M-RoPE positions and all temporal patches are one run of pads
     video_bounds: bool = False  # the files bound the pixels of a whole video, not those of a frame
 
@@ -41,7 +41,7 @@ FAMILIES = {   # model_type in config.json -> Family
 
 
 def vision_pad(config):
-    """The id that stands where a vision token goes."""
+    """The id that holds the place of a vision token."""
     return getattr(config, FAMILIES[config.model_type].vision_pad)
 
 
@@ -54,7 +54,7 @@ def stop_ids(model, tokenizer):
 
 
 def decode(tokenizer, ids, stops):
-    """A completion's text without what ended it, unless that is a tag: GLM-4.1V stops at
+    """A completion's text without the id that ended it, unless that is a tag: GLM-4.1V stops at
     </answer>."""
     silent = [i for i in stops if tokenizer.decode([i]) not in TAGS]
     return tokenizer.decode([i for i in ids if i not in silent])
@@ -67,7 +67,7 @@ def template_ids(config, tokenizer):
     """The chat template of a user's turn with one video, and INSTRUCTION after the question.
 
     -> three lists of ids: before the video, between video and question, after the question. Raises
-    ValueError where the template has no place for a video.
+    ValueError if the template has no place for a video.
     """
     mark = "\x00"                                          # in the place of the question
     content = [{"type": "video"}, {"type": "text", "text": mark}]
@@ -83,12 +83,12 @@ def template_ids(config, tokenizer):
 
 
 def tokenize(tokenizer, text):
-    """Text of our own, in which control tokens are control tokens. -> list of ids"""
+    """Our own text, in which control tokens are read as such. -> list of ids"""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def tokenize_text(tokenizer, text):
-    """Text as text: a control token that is spelled out in it is broken up. -> list of ids
+    """A user's text: a control token that is spelled out in it is broken up. -> list of ids
 
     A question that contains "<|video_pad|>" must become the letters of that word, never the token.
     """
@@ -115,7 +115,7 @@ def break_up(text, control):
 
 
 def video_ids(config, tokenizer, grid, seconds, px):
-    """What stands for a video in a prompt.
+    """The ids that represent a video in a prompt.
 
     config: the model's; grid: (t, h, w) in patches; seconds: between two frames; px: `Pixels`.
     -> (ids, the grid of each run of pads in them, M-RoPE positions between the temporal patches
@@ -130,8 +130,8 @@ def video_ids(config, tokenizer, grid, seconds, px):
     start, end = (getattr(config, name) for name in family.around)
     ids = []
     for i in range(t):
-        # The time is that of a temporal patch's first frame. Frames are taken from the middle of
-        # equal parts of the video, hence 0.5.
+        # The time of a temporal patch is that of its first frame. Frames are taken from the middle
+        # of equal parts of the video, hence 0.5.
         second = int((i * px.temporal + 0.5) * seconds + 1e-6)
         ids += [start, *pads, end]
         ids += tokenize(tokenizer, family.clock.format(second=second))
@@ -142,7 +142,7 @@ def video_ids(config, tokenizer, grid, seconds, px):
 # pixels
 
 def read_pixels(name, family):
-    """The `Pixels` of a checkpoint directory or hub name. Raises ValueError where it has no
+    """The `Pixels` of a checkpoint directory or hub name. Raises ValueError if it has no
     preprocessing file, or a damaged one."""
     files = "video_preprocessor_config.json", "processor_config.json", "preprocessor_config.json"
     for file in files:
@@ -183,9 +183,9 @@ def frame_size(height, width, px, frames=1):
     """The size frames are resized to, as transformers computes it: both sides are whole vision
     tokens, and the area is within the checkpoint's bounds.
 
-    height, width: in pixels; px: `Pixels`; frames: how many the video has, which matters where
-    all of them together have bounds. -> (height, width). Raises ValueError where one side is more
-    than 200 times the other.
+    height, width: in pixels; px: `Pixels`; frames: how many the video has, which matters if all
+    of them together have bounds. -> (height, width). Raises ValueError if one side is more than
+    200 times the other.
 
     >>> frame_size(720, 1280, Pixels([], [], 14, 2, 2, 28 * 28, 112 * 112))
     (84, 140)
@@ -208,10 +208,10 @@ def frame_size(height, width, px, frames=1):
 
 
 def within(size, original, unit, least, most, frames=1, padded=1):
-    """size where its area is within (least, most), else the nearest that keeps original's shape.
+    """size if its area is within (least, most), else the nearest size with original's shape.
 
-    least and most are of all frames together: `padded` of them when the area is compared, and
-    `frames` when the scale is computed. That is what transformers does.
+    least and most bound all frames together: `padded` of them when the area is compared, `frames`
+    of them when the scale is computed. That is what transformers does.
     """
     height, width = original
     area = padded * size[0] * size[1]

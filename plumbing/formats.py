@@ -1,5 +1,5 @@
 """
-Files of questions: .jsonl with the fields of `Sample`, and LongVideo-Reason's .json.
+Question files: .jsonl with the fields of `Sample`, and LongVideo-Reason's .json.
 """
 import json
 import os
@@ -13,10 +13,10 @@ REQUIRED = ("question", "answer", "video")
 
 
 def read_records(source):
-    """Yields (where, record) for each record of a .jsonl, or of a .json with a list of them, as it
-    is written there. where: "file, line 3" or "file, item 3".
+    """Yields (where, record) for each record of a .jsonl, or of a .json that holds a list of them.
+    Records are not changed. where: "file, line 3" or "file, item 3".
 
-    Raises ValueError that names the file and the line where it is not JSON.
+    Raises ValueError, naming the file and the line, if it is not JSON.
     """
     if not os.path.isfile(source):
         raise ValueError(f"{source}: no such file; data is a .jsonl, a .json in "
@@ -60,7 +60,7 @@ def not_json(source, line, error):
 def sample_fields(record, where):
     """The fields of `Sample` that a record has. -> {name: text}, without white space at the ends
 
-    record: in our form or LongVideo-Reason's. Raises ValueError, which begins with `where`.
+    record: in our format or LongVideo-Reason's. Raises ValueError, which begins with `where`.
     """
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with the fields of a sample, "
@@ -83,7 +83,7 @@ def sample_fields(record, where):
 
 
 def from_longvideo_reason(record, where):
-    """LongVideo-Reason's record in our form. Its answer comes inside <answer> tags, and its video
+    """LongVideo-Reason's record in our format. Its answer comes inside <answer> tags, and its video
     may come as a list of one. Raises ValueError, which begins with `where`."""
     for name in ("problem_id", "videos", "problem", "answer"):
         if name not in record:

@@ -1,5 +1,5 @@
 """
-What every source of video shares: which of its frames are taken, and how they are handed over.
+What every source of video shares: which frames are taken, and how they are returned.
 """
 import numpy as np
 
@@ -11,7 +11,8 @@ def pick(times, end, frames):
 
     times: [n] integers in ascending order, when each frame appears; end: when the last one
     disappears; frames: how many frames at most. -> long [T], T = min(frames, n), places in times.
-    With a variable rate a frame that stands for long may come twice, and a short one never.
+    With a variable rate, a frame that is shown for a long time may be taken twice, a short one
+    never.
 
     >>> pick([0, 1, 2, 3], 4, 2)       # two parts, whose middles are at 1 and 3
     array([1, 3])
@@ -27,14 +28,14 @@ def pick(times, end, frames):
 def make_video(path, chosen, size, seconds, single, read):
     """-> `Video`
 
-    chosen: [T], for each frame of the video whatever `read` needs to find it; size: (height, width)
-    in pixels; seconds: between two of the T frames.
-    single: the source has one frame only. It has no neighbour: its seconds are 1.0 by convention.
+    chosen: [T], whatever `read` needs to find each frame; size: (height, width) in pixels;
+    seconds: between two of the T frames.
+    single: the source has only one frame. It has no neighbour: its seconds are 1.0 by convention.
     read(chosen, out) fills out, uint8 [n, H, W, 3], with the n frames chosen.
     """
     def read_slice(lo, hi):
         assert 0 <= lo <= hi <= len(chosen), f"frames {lo}:{hi} of {len(chosen)}"
-        out = np.empty((hi - lo, *size, 3), dtype=np.uint8)    # nothing more is held in memory
+        out = np.empty((hi - lo, *size, 3), dtype=np.uint8)    # only these frames are in memory
         if hi > lo:
             read(chosen[lo:hi], out)
         return out

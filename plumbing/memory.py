@@ -1,11 +1,10 @@
 """
-What a GRPO step on one long video takes, computed from the shapes of a model: FLOPs, and the
-memory of a GPU. Pure arithmetic: no weight is made and no step is run. At the end two
-functions that measure memory.
+What a GRPO step on one long video costs, computed from the shapes of a model: FLOPs and GPU memory.
+Pure arithmetic: no weights are made and no step is run. The function at the end measures memory.
 
     python bench.py --memory=3b --frames=64,256,1024 --size=308 --completion=512 --sp=1,8
 
-The step is bench.py's variant shared, or shared+sp where several ranks share the video.
+The step is bench.py's variant shared, or shared+sp if several ranks share the video.
 """
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from itertools import product
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, Glm4vConfig, Qwen2_5_VLConfig
 
-HEAD_CHUNK = 2048          # model.logprobs: positions that meet the language-model head at once
+HEAD_CHUNK = 2048          # model.logprobs: positions that go through the head at once
 MASK_CHUNK = 1 << 24       # model.Packed: elements of one attention mask, at most
-# Of the SXM boards, in bfloat16, dense.
+# FLOP/s of the SXM boards in bfloat16, without sparsity.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
@@ -24,7 +23,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
 # shapes
 
 def qwen_shape(hidden, mlp, layers, heads, kv_heads, vocabulary, tied):
-    """Of a Qwen2.5-VL as published: what in its config.json is not transformers' default."""
+    """The config of a published Qwen2.5-VL, as far as it differs from transformers' defaults."""
     text = dict(
         hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
@@ -53,12 +52,13 @@ def read_config(name):
 
 
 def random_model(name, special_ids, device, dtype, seed):
-    """A Qwen2.5-VL of random weights in the shape of 3b or 7b, made where and as they stay.
+    """A Qwen2.5-VL with random weights in the shape of 3b or 7b, created directly on the device and
+    in the dtype.
 
     special_ids: {name of a config's field: id of that special token}.
     """
     config = Qwen2_5_VLConfig(**SHAPES[name], **special_ids)
-    config.text_config.max_position_embeddings = 1 << 20   # random weights were made for no length
+    config.text_config.max_position_embeddings = 1 << 20   # random weights have no trained length
     torch.manual_seed(seed)
     with torch.device(device):
         return AutoModelForImageTextToText.from_config(config, dtype=dtype)
@@ -66,7 +66,7 @@ def random_model(name, special_ids, device, dtype, seed):
 
 @dataclass
 class Sizes:
-    """What the counts below need of a language model."""
+    """The sizes of a language model that the counts below need."""
     hidden: int            # D, features of a position
     mlp: int               # F, features inside the MLP
     layers: int
@@ -74,7 +74,7 @@ class Sizes:
     kv_heads: int
     head_dim: int          # d
     vocabulary: int
-    norms: int             # of a layer
+    norms: int             # per layer
 
 
 def sizes(config):
@@ -99,11 +99,11 @@ class Parameters:
 
 
 def count_parameters(config):
-    """The `Parameters` of a model of this config. Every one is counted, none is made."""
+    """The `Parameters` of a model of this config, counted without allocating them."""
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
-    copy = type(config).from_dict(config.to_dict())        # from_config writes to what it is given
+    copy = type(config).from_dict(config.to_dict())        # from_config writes to its argument
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(copy)
     tower = count(model.model.visual)
@@ -114,10 +114,10 @@ def count_parameters(config):
 # FLOPs
 
 def train_flops(config, prompt, group, completion):
-    """FLOPs of forward and backward of a group's packed sequence, of what cannot be left out.
+    """FLOPs that forward and backward of a group's packed sequence need at least.
 
     prompt: P, its tokens; group: G; completion: L, tokens of each. Attention counts only pairs of
-    positions that see each other, and no layer counts twice.
+    positions that see each other; recomputed layers count once.
     """
     m = sizes(config)
     places = completion - 1                                # the last token is never read
@@ -130,8 +130,8 @@ def train_flops(config, prompt, group, completion):
 
 
 def peak_share(flops, seconds, device_name):
-    """What part of a GPU's peak it is to do so many FLOPs in so many seconds; None for a device
-    whose peak is not known."""
+    """The share of a GPU's peak that flops in `seconds` reach; None for a device whose peak is not
+    known."""
     for name, peak in PEAK_FLOPS.items():
         if name in device_name:
             return round(flops / seconds / peak, 4)
@@ -148,10 +148,10 @@ class Step:
     text: int              # tokens of the prompt that are not vision tokens
     group: int             # G
     completion: int        # L, tokens of each completion
-    itemsize: int          # bytes of a weight and of an activation
+    itemsize: int          # bytes per weight and per activation
     sp: int                # ranks that share the video
-    shards: int            # ranks over which FSDP2 spreads what trains
-    checkpointing: bool    # decoder layers are computed again in the backward
+    shards: int            # ranks over which FSDP2 shards what trains
+    checkpointing: bool    # decoder layers are recomputed in the backward
 
     @property
     def sharded(self):
@@ -164,7 +164,7 @@ class Step:
 
     @property
     def places(self):
-        """C, places of all completions: L tokens take L - 1, for the last is never read."""
+        """C, places of all completions: L tokens take L - 1, since the last is never read."""
         return self.rounded_up(self.group * (self.completion - 1))
 
     @property
@@ -174,11 +174,11 @@ class Step:
 
     @property
     def head_positions(self):
-        """Of this rank, those that meet the head at once."""
+        """Positions of this rank that go through the head at once."""
         return min(HEAD_CHUNK, -(-self.group * self.completion // self.sp))
 
     def rounded_up(self, n):
-        """The next multiple of sp: each rank holds as many places."""
+        """The next multiple of sp: all ranks hold the same number of places."""
         return -(-n // self.sp) * self.sp
 
 
@@ -195,11 +195,11 @@ def memory(config, frames, size, group, completion, dtype=torch.bfloat16, sp=1, 
     """Bytes on one rank in a GRPO step on one video. -> {part: bytes}
 
     frames: of size x size pixels; group: G; completion: L, tokens of each; dtype: of weights and
-    activations; sp: ranks that share the video, with stage 2 where there are several;
-    checkpointing: decoder layers are computed again in the backward; shards: ranks over which
-    FSDP2 spreads what trains, in float32; text: tokens of the prompt that are not vision tokens.
-    The last parts are the most at once: in the rollout, in forward and backward, in the update,
-    and in any of the three.
+    activations; sp: ranks that share the video, with stage 2 if there are several;
+    checkpointing: decoder layers are recomputed in the backward; shards: ranks over which FSDP2
+    shards what trains, in float32; text: tokens of the prompt that are not vision tokens.
+    The last parts are peaks: of the rollout, of forward and backward, of the update, and of the
+    whole step.
     """
     m = sizes(config)
     parameters = count_parameters(config)
@@ -225,7 +225,7 @@ def memory(config, frames, size, group, completion, dtype=torch.bfloat16, sp=1, 
 
 
 def parameter_bytes(parameters, step):
-    """What lives as long as the run, and the gradients. FSDP2 keeps what trains in float32."""
+    """What exists as long as the run, and the gradients. FSDP2 keeps what trains in float32."""
     a_parameter = 4 / step.shards if step.sharded else step.itemsize
     moments = 8 / step.shards                              # AdamW's two, in float32
     float32_copy = 4 if step.itemsize < 4 and not step.sharded else 0
@@ -253,7 +253,7 @@ def norm_bytes(m, step):
 
 
 def layer_bytes(m, step):
-    """Saved for the backward by one decoder layer that is not computed again."""
+    """Saved for the backward by one decoder layer that is not recomputed."""
     into_projections = 2 * m.hidden
     queries_and_outcome = 3 * m.heads * m.head_dim
     # Stage 2 repeats keys and values that have fewer heads than there are ranks.
@@ -285,7 +285,7 @@ def activation_bytes(m, step):
 
 
 def temporary_bytes(config, m, step):
-    """What is made and dropped again, the most of it at once."""
+    """The peaks of temporary tensors."""
     in_prefill = step.prefix // step.sp * (3 * m.mlp + 4 * m.hidden + 2 * m.head_dim)
     probabilities = 20 * step.group // step.sp * m.vocabulary                  # of a decoding step
     layer = step.positions * 2 * (m.mlp - m.hidden) * step.itemsize            # in its backward
@@ -301,7 +301,7 @@ def temporary_bytes(config, m, step):
 
 
 def gathered_bytes(m, parameters, step):
-    """Of sharded parameters, what is whole on a rank for a while."""
+    """Sharded parameters and gradients that are temporarily whole on a rank."""
     if not step.sharded:
         return {"rollout": 0, "ends": 0, "layer": 0, "last_gradients": 0}
     ends = parameters.outside_layers(m)
@@ -342,8 +342,8 @@ def memory_table(config, frames, sp, size, group, completion, checkpointing, sha
 
 @contextmanager
 def saved_for_backward(model, totals):
-    """Append to the list totals how many bytes the forwards inside keep for their backward: each
-    storage once, without the parameters."""
+    """Append to the list totals how many bytes the forwards inside the `with` keep for their
+    backward: each storage once, without the parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     size_by_pointer = {}
 

@@ -1,5 +1,5 @@
 """
-What a run measures of itself: seconds by phase, sums over trained tokens, one line of JSON a step.
+What a run measures: seconds per phase, sums over trained tokens, one line of JSON per step.
 """
 import json
 import math
@@ -19,7 +19,7 @@ def mean(xs):
 
 
 class Clock:
-    """Seconds by phase: `with clock("encode"): ...`"""
+    """Seconds per phase: `with clock("encode"): ...`"""
 
     def __init__(self):
         self.seconds = {}
@@ -34,18 +34,18 @@ class Clock:
 
 
 class Meter:
-    """Sums over the tokens that an RL step trains on, for each of its optimizer steps.
+    """Sums over the tokens that an RL step trains on, for each of its updates.
 
-    Gap: of the sampler's and the trainer's log-prob of a sampled token.
+    Gap: the absolute difference of the sampler's and the trainer's log-prob of a sampled token.
     """
     KEYS = ("tokens", "entropy", "clip_low", "clip_high", "gap", "gap_max")
 
     def __init__(self):
-        self.mine = dict.fromkeys(self.KEYS, 0.0)      # of this rank, in the optimizer step so far
-        self.updates = []                              # of all ranks, one dict an optimizer step
+        self.mine = dict.fromkeys(self.KEYS, 0.0)      # of this rank, in this update so far
+        self.updates = []                              # of all ranks, one dict per update
 
     def add(self, batch, logprobs, entropy, clipped):
-        """A micro-batch. logprobs, entropy: [N, L]; clipped: the metrics of `grpo.policy_loss`"""
+        """Add a micro-batch. logprobs, entropy: [N, L]; clipped: metrics of `grpo.policy_loss`"""
         gap = (logprobs.detach() - batch.old_logprobs)[batch.sampled].abs()            # [tokens]
         for key, value in clipped.items():
             self.mine[key] += value
@@ -55,7 +55,7 @@ class Meter:
             self.mine["gap_max"] = max(self.mine["gap_max"], float(gap.max()))
 
     def end_update(self, ranks, stage2):
-        """Sum over all ranks. With stage 2 each sp rank has the same tokens: one of them counts."""
+        """Sum over all ranks. With stage 2 all sp ranks have the same tokens: only one counts."""
         if stage2 and ranks.sp_rank:
             self.mine = dict.fromkeys(self.KEYS, 0.0)
         of_rank = gather(self.mine, ranks)
@@ -65,25 +65,25 @@ class Meter:
         self.mine = dict.fromkeys(self.KEYS, 0.0)
 
     def mean(self, key):
-        """Of all tokens that were trained on; 0 if there were none."""
+        """The mean over all trained tokens; 0 if there were none."""
         tokens = sum(total["tokens"] for total in self.updates)
         return sum(total[key] for total in self.updates) / max(1.0, tokens)
 
     def sampler_gap(self):
-        """-> (mean, largest) before the first update, when the sampler is the trainer."""
+        """-> (mean, largest) before the first update, when both have the same weights."""
         if not self.updates:
             return 0.0, 0.0
         first = self.updates[0]
         return first["gap"] / max(1.0, first["tokens"]), first["gap_max"]
 
 
-# Between sampler and trainer, in log-prob, on average over a step: more is no rounding error.
+# Largest mean difference in log-prob between sampler and trainer that rounding explains.
 MOST_GAP = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 def check_gap(gap, dtype):
-    """gap: sampler against trainer, mean difference in log-prob. Raises ValueError where it is more
-    than rounding."""
+    """gap: mean difference in log-prob between sampler and trainer. Raises ValueError if it is
+    larger than rounding explains."""
     if not gap <= MOST_GAP[dtype]:
         raise ValueError(
             f"sampler and trainer differ by {gap:.2g} in log-prob on average, more than "
@@ -93,10 +93,10 @@ def check_gap(gap, dtype):
 
 
 class Log:
-    """metrics.jsonl: one line a step, written by rank 0."""
+    """metrics.jsonl: one line per step, written by rank 0."""
 
     def __init__(self, path, ranks, count=0):
-        """count: lines to keep of a run that goes on; what it logged later it will log again."""
+        """count: lines to keep of a run that resumes; later lines will be logged again."""
         self.path, self.ranks, self.count, self.lines = path, ranks, count, []
         if ranks.rank:
             return
@@ -121,17 +121,17 @@ class Log:
 
 
 def peak_bytes():
-    """The most memory so far: of this rank's GPU, or else of its process."""
+    """Peak memory so far: of this rank's GPU, or else of its process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # --------------------------------------------------------------------------------------------------
-# what is said and logged of an RL step
+# what is printed and logged of an RL step
 
 def summary(facts, drawn, meter, clock):
-    """What is logged of all completions of a step. facts: {slot: `describe`} of all dp groups"""
+    """What is logged about all completions of a step. facts: {slot: `describe`} of all dp groups"""
     rows = [row for slot in facts for row in facts[slot]]
     record = {}
     for key in ("reward", "accuracy", "format", "length", "forced", "truncated"):
@@ -143,7 +143,7 @@ def summary(facts, drawn, meter, clock):
         answers = Counter(row["answer"] for row in rows if row["answer"] is not None)
         record[f"accuracy_{domain}"] = mean([row["accuracy"] for row in rows])
         record[f"length_{domain}"] = mean([row["length"] for row in rows])
-        # Near 1 a verifier is fooled by one answer to everything.
+        # Near 1, a verifier is fooled by one answer to everything.
         record[f"same_answer_{domain}"] = max(answers.values(), default=0) / len(rows)
     for phase, seconds in clock.seconds.items():
         record[f"{phase}_s"] = round(seconds, 4)
@@ -151,12 +151,12 @@ def summary(facts, drawn, meter, clock):
 
 
 def warn_of_shortage(run, step, kept, signal, graded, capped):
-    """Say so where a step has clearly fewer groups to learn from than it wants."""
+    """Print a line if a step has clearly fewer groups to learn from than it wants."""
     c = run.config
     if not kept:
         run.say(f"RL {step + 1}: no group has answers that differ in accuracy; nothing to learn "
                 "from, step skipped")
-    few = 4 * kept < 3 * c.prompts_per_step                # a few too few is chance
+    few = 4 * kept < 3 * c.prompts_per_step                # a small shortage is chance
     if c.oversample_cap > 1 and (capped or few):
         why = ""
         if capped:
@@ -167,7 +167,7 @@ def warn_of_shortage(run, step, kept, signal, graded, capped):
 
 
 def show(run, step, groups, ungraded):
-    """On the screen: groups that were not graded, and every show_every steps a completion."""
+    """Print the groups that were not graded and, every show_every steps, one completion."""
     c = run.config
     for id, why in ungraded.items():
         run.say(f"RL {step + 1}: not graded {id}: {why}")

@@ -1,5 +1,5 @@
 """
-AdamW over the weights that train, and one update: sum the gradients over all ranks, clip, step.
+AdamW over the trained weights, and one update: sum the gradients over all ranks, clip, step.
 """
 import math
 
@@ -14,19 +14,19 @@ BUCKET = 1 << 24       # gradients that are summed over the ranks in one message
 
 
 def make_optimizer(model, lr):
-    """AdamW over the weights that train. Of bfloat16 weights it updates float32 copies, since the 8
+    """AdamW over the trained weights. For bfloat16 weights it updates float32 copies, since the 8
     bits of a bfloat16 would round an update of 1e-6 away."""
     weights = []
     for p in model.parameters():
         if p.requires_grad:
             weights.append(p if p.dtype == torch.float32 else p.detach().float())
-    # On a GPU one kernel. The default there would make one more copy of all weights on the way.
+    # One kernel on a GPU: the default there would allocate another copy of all weights.
     fused = True if weights[0].is_cuda else None
     return torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
 def restore(optimizer, moments, copies):
-    """The state of an optimizer as it was saved; of sharded weights each rank takes its part.
+    """Load the saved state of an optimizer. Each rank takes its part of sharded weights.
 
     moments: its state_dict; copies: the float32 copies of bfloat16 weights, empty for float32.
     """
@@ -42,8 +42,8 @@ def restore(optimizer, moments, copies):
 
 
 def sum_gradients(gradients):
-    """Sum each gradient over all ranks, in place: a few large messages cost less than many small.
-    The sum is in float32, since bfloat16 would round it at every rank."""
+    """Sum each gradient over all ranks, in place. A few large messages cost less than many small
+    ones. The sum is in float32, since bfloat16 would round it at every rank."""
     for bucket in buckets(gradients):
         flat = torch.cat([g.flatten() for g in bucket]).float()
         dist.all_reduce(flat)
@@ -53,7 +53,7 @@ def sum_gradients(gradients):
 
 
 def buckets(gradients):
-    """Runs of gradients of at most BUCKET numbers together, or of one that has more."""
+    """Runs of gradients with at most BUCKET numbers in total, or of a single larger one."""
     bucket, size = [], 0
     for g in gradients:
         if bucket and size + g.numel() > BUCKET:
@@ -68,7 +68,7 @@ def buckets(gradients):
 def update(model, optimizer, lr, ranks):
     """Sum the gradients over all ranks, clip their norm at 1, step, and clear them.
 
-    -> the norm before clipping. Where it is not finite the step was skipped.
+    -> the norm before clipping. If it is not finite, the step was skipped.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
@@ -87,7 +87,7 @@ def update(model, optimizer, lr, ranks):
         copies = [(p, copy) for p, copy in zip(parameters, group["params"]) if copy is not p]
         for p, copy in copies:
             copy.grad = p.grad.float()
-            p.grad = None              # one weight at a time: never both gradients of all weights
+            p.grad = None              # one at a time: never two gradients of all weights
         optimizer.step()
         with torch.no_grad():
             for p, copy in copies:
@@ -114,10 +114,10 @@ def updates(model):
 
 
 def warmed_up(n, warmup):
-    """The factor of the learning rate at optimizer step n, counted from 0: it rises linearly."""
+    """The factor of the learning rate at update n, counted from 0: it rises linearly to 1."""
     return min(1, (n + 1) / max(1, warmup))
 
 
 def falling(step, steps):
-    """The factor by which the learning rate falls, linearly to a tenth, over a stage's steps."""
+    """The factor of the learning rate that falls linearly to a tenth over the steps of a stage."""
     return max(0.1, 1 - step / steps)

@@ -12,18 +12,18 @@ from flow import VideoError
 from plumbing.frames import make_video, pick
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
-# Suffixes count only inside a folder, where they tell pictures from notes and the like.
+# Used only inside a folder, where suffixes tell pictures from other files.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 # What pillow raises for a broken picture: the last three come from its webp and png readers and
 # for oversized files.
 ERRORS = (OSError, EOFError, SyntaxError, Image.DecompressionBombError)
-ORIENTATION = 0x0112           # the EXIF tag; its values 5 to 8 are pictures that lie on their side
+ORIENTATION = 0x0112           # the EXIF tag; values 5 to 8 are pictures that lie on their side
 
 
 @contextmanager
 def opened(path):
-    """-> pillow's image, of which only the header is read yet. What pillow raises inside the `with`
-    leaves it as a VideoError."""
+    """-> pillow's image, with only the header read. An error of pillow inside the `with` becomes a
+    VideoError."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             yield image
@@ -32,7 +32,7 @@ def opened(path):
 
 
 def is_picture(path):
-    """Whether pillow knows this file as a picture, be it a broken one."""
+    """Whether pillow recognises this file as a picture, even a broken one."""
     try:
         with Image.open(path, formats=FORMATS):
             return True
@@ -68,7 +68,7 @@ def natural_order(name):
 
 def open_folder(path, frames):
     """-> `Video` of at most `frames` of the folder's pictures; they are one second apart. Raises
-    VideoError where a picture is broken or has another size than the first one."""
+    VideoError if a picture is broken or has another size than the first one."""
     files = list_pictures(path)
     first_size = None
     for file in files:
@@ -96,7 +96,7 @@ def read_files(chosen, out):
 
 def open_picture(path, frames):
     """-> `Video` of a picture, which has one frame, or of at most `frames` frames of an animation.
-    Raises VideoError where it is broken."""
+    Raises VideoError if it is broken."""
     with opened(path) as image:
         times, end = display_times(image)
         size = upright_size(image)
@@ -111,14 +111,14 @@ def open_picture(path, frames):
 
 def display_times(image):
     """-> ([n] milliseconds, when each frame appears; when the last one disappears)"""
-    # Only these two formats animate. The further pages of a tiff or a phone's jpeg are no video.
+    # Only these two formats are animated. More pages in a tiff or a phone's jpeg are no video.
     if image.format not in ("WEBP", "PNG") or image.n_frames == 1:
         return [0], 1
     times = []
     now = 0
     for number in range(image.n_frames):
         image.seek(number)
-        image.load()                                       # a webp tells a duration once decoded
+        image.load()                                       # a webp has no duration before that
         times.append(now)
         now += round(image.info.get("duration", 0)) or 100     # 0 means 100 ms, as in browsers
     return times, now
@@ -137,7 +137,7 @@ def read_animation(path, chosen, out):
 # pixels
 
 def upright_size(image):
-    """(height, width) as the picture is shown. Reads no pixels."""
+    """(height, width) as the picture is displayed. Reads no pixels."""
     exif = Image.Image.getexif(image)                      # a png's own getexif decodes the picture
     lies_on_its_side = exif.get(ORIENTATION, 1) >= 5
     if lies_on_its_side:
@@ -151,7 +151,7 @@ def copy_pixels(image, row, path):
         raise VideoError(f"{path}: more than 8 bits per pixel ({image.mode}), "
                          "which pillow would clip to white")
     image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:                        # also that of a palette
+    if image.has_transparency_data:                        # also in a palette
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     rgb = np.asarray(image.convert("RGB"))                 # [H, W, 3]

@@ -1,5 +1,5 @@
 """
-The processes that torchrun starts: they meet, share out work, gather results and fail together.
+The processes that torchrun starts: they meet, split the work, gather results and fail together.
 Without torchrun everything here is a no-op.
 """
 import gc
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from flow import Ranks
 
-PATIENCE = timedelta(minutes=30)   # how long a rank waits for a silent one, which may be saving
+PATIENCE = timedelta(minutes=30)   # how long a rank waits for another, which may be saving
 
 
 # --------------------------------------------------------------------------------------------------
@@ -33,8 +33,8 @@ def start(sp=0, same=None):
 
     sp: ranks that share a video; 0: all ranks of this machine.
     same: {name: value} that must be equal on all ranks.
-    Raises ValueError, with one text on all ranks, where a value differs between ranks, where a
-    machine has fewer GPUs than ranks, and where sp does not divide the number of ranks.
+    Raises ValueError, with the same text on all ranks, if a value differs between ranks, if a
+    machine has fewer GPUs than ranks, or if sp does not divide the number of ranks.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -71,18 +71,18 @@ def start(sp=0, same=None):
         raise ValueError(problem)
     rank = dist.get_rank()
     groups = []
-    for first in range(0, world, sp):                      # every rank must make every group
+    for first in range(0, world, sp):                      # every rank must create every group
         groups.append(dist.new_group(range(first, first + sp), timeout=PATIENCE))
     return Ranks(rank, world, sp, rank % sp, world // sp, rank // sp, device, groups[rank // sp])
 
 
 def versions():
-    """What this rank computes with: torch, transformers, and a hash of our loaded files."""
+    """The versions on this rank: torch, transformers, and a hash of our loaded files."""
     loaded = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
     plumbing = os.path.dirname(__file__)
     folders = (plumbing, os.path.dirname(plumbing))
     code = hashlib.sha256()
-    for file in sorted(loaded):            # the loaded ones: other files in a folder are the user's
+    for file in sorted(loaded):            # only loaded ones: other files here are the user's
         if os.path.dirname(file) in folders:
             code.update(Path(file).read_bytes())
     code = code.hexdigest()[:8]
@@ -90,11 +90,11 @@ def versions():
 
 
 def meet(store, rank, world, facts, problem=""):
-    """All ranks compare their facts, through the store, before there is a process group: two
-    versions of NCCL may not even be able to tell each other that they differ.
+    """All ranks compare their facts through the store, before there is a process group: two
+    versions of NCCL may not be able to communicate at all.
 
     facts: {name: value}; problem: what is wrong on this rank, empty if nothing is. Raises
-    ValueError, with one text on all ranks, where a fact differs or a rank has a problem.
+    ValueError, with the same text on all ranks, if a fact differs or a rank has a problem.
     """
     store.set(f"met {rank}", json.dumps([facts, problem]))
     facts_by_rank, problems = [], set()
@@ -121,17 +121,17 @@ def meet(store, rank, world, facts, problem=""):
 
 
 def part(store, rank, world):
-    """Rank 0, which hosts the store, stays until all others have read it: else one of them might
-    die of a broken connection instead of the line that says what is wrong."""
+    """Rank 0, which hosts the store, waits until all others have read it. Otherwise one of them
+    could end with a connection error instead of the line that says what is wrong."""
     store.set(f"read {rank}", "")
     if rank == 0:
-        with suppress(dist.DistStoreError):                # a rank that never came
+        with suppress(dist.DistStoreError):                # a rank that never started
             store.wait([f"read {other}" for other in range(world)], PATIENCE)
 
 
 def leave():
-    """End this process's groups, those of vLLM too: it complains at exit if they are gone."""
-    gc.collect()                       # FSDP's modules are cycles that hold a group: exit aborts
+    """Destroy the process groups; vLLM destroys its own first, or it complains at exit."""
+    gc.collect()                       # FSDP's modules are cycles that hold a group: exit would abort
     if "vllm" in sys.modules:
         sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
     elif dist.is_initialized():
@@ -139,10 +139,10 @@ def leave():
 
 
 # --------------------------------------------------------------------------------------------------
-# sharing out
+# splitting the work
 
 def shard(n, rank, size):
-    """The half-open range of n things that is `rank`'s: in order, as even as can be.
+    """The half-open range of n things that `rank` gets: in order, as even as possible.
 
     >>> [shard(7, rank, 3) for rank in range(3)]
     [(0, 3), (3, 5), (5, 7)]
@@ -153,12 +153,12 @@ def shard(n, rank, size):
 
 
 def deal(costs, homes, n):
-    """Whole things over n ranks, so that each has about as much to do (GLM-4.1V §5.4).
+    """Distribute things over n ranks, so that the loads are about equal (GLM-4.1V §5.4).
 
     costs: {thing: cost}; homes: {thing: rank that has it}. -> {thing: rank}
-    The costliest comes first, and goes to the rank with the least so far. It stays at home where
-    that rank then has no more than an even share, and where it is a tie: what moves must be sent.
-    No rank ends with more than the mean and the largest cost.
+    The costliest thing comes first, and goes to the rank with the smallest load so far. It stays
+    at home if that rank then has no more than an even share, or if there is a tie, because a thing
+    that moves must be sent. No rank ends with more than the mean plus the largest cost.
 
     >>> deal({0: 9, 1: 2, 2: 4, 3: 3}, {0: 0, 1: 1, 2: 0, 3: 1}, 2)
     {0: 0, 2: 1, 3: 1, 1: 1}
@@ -177,10 +177,11 @@ def deal(costs, homes, n):
 
 
 def deal_groups(tokens, ranks):
-    """Groups over the dp groups, so that each has about as many tokens to train on (GLM-4.1V §5.4).
+    """Distribute groups over the dp groups, so that all train on about as many tokens (GLM-4.1V
+    §5.4).
 
-    tokens: {slot: tokens}; the dp group slot % dp has it. -> {slot: dp group}, and how many times
-    the mean the fullest dp group has
+    tokens: {slot: tokens}; dp group slot % dp has the group. -> {slot: dp group}, and the largest
+    load of a dp group divided by the mean load
     """
     homes = {slot: slot % ranks.dp for slot in tokens}
     destination = deal(tokens, homes, ranks.dp)
@@ -195,15 +196,15 @@ def prompt_tensors(prompt):
 
 
 def send_groups(groups, destination, ranks):
-    """Groups from the dp groups that rolled them out, slot % dp, to those that train on them.
+    """Send groups from the dp groups that rolled them out, slot % dp, to those that train on them.
 
     groups: this rank's; destination: {slot: dp group}, equal on all ranks. Sp rank s sends to sp
-    rank s, for each of them has the whole group. A prompt's tensors, which may be gigabytes, are
+    rank s, since each of them has the whole group. A prompt's tensors, which may be gigabytes, are
     sent as they are; the rest of a group as an object. -> groups to train on here, by slot
     """
     here = {group.slot: group for group in groups}
     mine, transfers = [], []
-    for slot, to in sorted(destination.items()):           # one order on all ranks: no deadlock
+    for slot, to in sorted(destination.items()):           # same order on all ranks: no deadlock
         home = slot % ranks.dp
         if home == to == ranks.dp_rank:
             mine.append(here[slot])
@@ -236,7 +237,7 @@ def send_groups(groups, destination, ranks):
 
 
 def gather(x, ranks):
-    """x of every rank, as a list in order of rank."""
+    """x of every rank, as a list in the order of ranks."""
     if ranks.world == 1:
         return [x]
     every = [None] * ranks.world
@@ -250,7 +251,7 @@ def merged(x, ranks):
 
 
 def printer(ranks):
-    """-> a function that prints one line past the progress bars, on rank 0 alone."""
+    """-> a function that prints one line above the progress bars, only on rank 0."""
     def say(line):
         if ranks.rank == 0:
             tqdm.write(line)
@@ -261,7 +262,7 @@ def printer(ranks):
 # failing
 
 def together(work, ranks):
-    """work() on each rank of the sp group. What it raises on one rank is raised on all of them."""
+    """Run work() on each rank of the sp group. An error on one rank is raised on all of them."""
     result, error = None, None
     try:
         result = work()
@@ -277,7 +278,7 @@ def together(work, ranks):
 
 
 def on_first(work, ranks):
-    """work() on sp rank 0 alone. All ranks of the group return its result, or raise its error."""
+    """Run work() only on sp rank 0. All ranks of the group return its result, or raise its error."""
     box = [together(lambda: work() if ranks.sp_rank == 0 else None, ranks)]
     if ranks.sp > 1:
         dist.broadcast_object_list(box, group_src=0, group=ranks.group)
@@ -285,8 +286,8 @@ def on_first(work, ranks):
 
 
 def explain(error):
-    """-> (what an error of the machine means and what to do, whether another rank is its cause);
-    None where the error is a bug."""
+    """-> (what an error of the machine means and what to do, whether another rank caused it); None
+    if the error is a bug."""
     text = " ".join(str(error).split())
     out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if out_of_memory or "out of memory" in text or "can't allocate memory" in text:
@@ -303,7 +304,7 @@ def explain(error):
 
 
 def run_command(name, main):
-    """main(), as the command `name`: bad input and errors of the machine end it with one line."""
+    """Run main() as the command `name`: bad input and errors of the machine end it with one line."""
     try:
         main()
     except (ValueError, OSError, RuntimeError, MemoryError) as e:
@@ -313,10 +314,10 @@ def run_command(name, main):
             line, another_rank = explanation
         else:
             raise
-        # torchrun ends all ranks when the first one ends. So the rank that knows the cause goes
-        # first, and of those that know the same only the first of a machine speaks.
+        # torchrun ends all ranks when the first one ends. So a rank that knows the cause ends first;
+        # if several do, only the first of each machine prints it.
         time.sleep(5 * ((os.environ.get("LOCAL_RANK", "0") != "0") + another_rank))
-        print(file=sys.stderr)                             # off the line of a progress bar
+        print(file=sys.stderr)                             # below the progress bar
         if dist.is_initialized():
             print(f"{name}: {line}", file=sys.stderr, flush=True)
             os._exit(1)                # closing NCCL's groups would wait for ranks that are gone
@@ -325,13 +326,13 @@ def run_command(name, main):
 
 
 # --------------------------------------------------------------------------------------------------
-# processes of one's own
+# starting processes ourselves
 
 def spawn(n, work, *arguments):
-    """work(*arguments) in n new processes on this machine, which meet as torchrun's do. -> what it
-    returned on rank 0
+    """Run work(*arguments) in n new processes on this machine, which meet as torchrun's do. -> what
+    it returned on rank 0
 
-    Raises ValueError, with one line, where bad input or an error of the machine ended it.
+    Raises ValueError, with one line, if bad input or an error of the machine ended it.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -344,7 +345,7 @@ def spawn(n, work, *arguments):
     except mp.ProcessExitedException as e:
         if results.empty():                                # killed, most likely for its memory
             raise ValueError(str(e)) from e
-    result, problem = results.get()                        # the first rank that could tell
+    result, problem = results.get()                        # of the first rank that knew the cause
     if problem:
         raise ValueError(problem)
     return result
@@ -364,7 +365,7 @@ def spawned(rank, n, port, results, work, arguments):
             line, another_rank = str(e), False
         else:
             line, another_rank = explain(e) or ("", False)
-        if not line or another_rank:                       # a bug, or another rank tells more
+        if not line or another_rank:                       # a bug, or another rank knows more
             raise
         results.put((None, line))
         os._exit(1)                    # closing NCCL's groups would wait for ranks that are gone

@@ -1,5 +1,5 @@
 """
-A run's own checkpoints: written whole, found again, refused where they belong to another run.
+A run's own checkpoints: written atomically, found again, and refused if they belong to another run.
 """
 import os
 import pickle
@@ -19,8 +19,8 @@ from plumbing.sharding import weights
 
 
 def newest(out_dir):
-    """The directory of the newest whole checkpoint in out_dir, or None. Raises ValueError where the
-    link to it leads nowhere."""
+    """The directory of the newest complete checkpoint in out_dir, or None. Raises ValueError if the
+    link to it is broken."""
     link = os.path.join(out_dir, "model")
     if os.path.lexists(link) and not os.path.exists(link):
         raise ValueError(f"{link} leads to a checkpoint that is gone, {os.path.realpath(link)}: "
@@ -29,7 +29,7 @@ def newest(out_dir):
 
 
 def find(out_dir, ranks):
-    """`newest`, the same on all ranks; else ValueError."""
+    """`newest`. Raises ValueError unless all ranks find the same."""
     found = newest(out_dir)
     if len(set(gather(found and os.path.basename(found), ranks))) > 1:
         raise ValueError(f"not all ranks find the same checkpoint in {out_dir}: "
@@ -38,7 +38,7 @@ def find(out_dir, ranks):
 
 
 def read_state(checkpoint, config, mmap):
-    """The training state of a checkpoint of this run. Raises ValueError where it is damaged or of
+    """The training state of a checkpoint of this run. Raises ValueError if it is damaged or has
     another configuration. mmap: read tensors when they are used."""
     path = os.path.join(checkpoint, "training_state.pt")
     try:
@@ -52,14 +52,14 @@ def read_state(checkpoint, config, mmap):
 
 
 def check_same_run(config, saved, where):
-    """A run goes on only with the configuration that it was started with, but for the keys in
-    MAY_CHANGE. A key that an older commit did not have counts as its default."""
+    """A run resumes only with the configuration that it was started with, except for the keys in
+    MAY_CHANGE. A key that an older commit did not have has its default value."""
     mine, default = asdict(config), asdict(type(config)())
     differ = []
     for key, value in mine.items():
         if key not in MAY_CHANGE and saved.get(key, default[key]) != value:
             differ.append(key)
-    # Without eval_data a part of data is held out; with it that part is trained on.
+    # Without eval_data a part of data is held out; with eval_data that part is trained on.
     if bool(config.eval_data) != bool(saved["eval_data"]):
         differ.append("eval_data")
     if differ:
@@ -70,7 +70,7 @@ def check_same_run(config, saved, where):
 
 
 def save(run, state):
-    """Write a checkpoint: rank 0 writes, and all ranks raise OSError where it could not.
+    """Write a checkpoint: rank 0 writes, and all ranks raise OSError if it could not.
 
     state: the training state, which all ranks have. Sharded tensors are gathered to rank 0's CPU
     one at a time.
@@ -93,11 +93,11 @@ def save(run, state):
 
 
 def write(out_dir, model, tokenizer, state, whole_weights=None):
-    """Write ckpt-N whole under another name, sync it, rename it; then move the link `model`. At no
-    moment is the last good checkpoint gone.
+    """Write ckpt-N under another name, sync it, rename it; then move the link `model`. There is a
+    complete checkpoint at any time.
 
-    whole_weights: {name: tensor} where the model's own are sharded. Raises OSError where the disk
-    is full, the half-written directory removed.
+    whole_weights: {name: tensor} if the model's own are sharded. Raises OSError if the disk is
+    full, after removing the incomplete directory.
     """
     name = f"ckpt-{state['step']}"
     half = os.path.join(out_dir, name + ".tmp")
@@ -109,13 +109,13 @@ def write(out_dir, model, tokenizer, state, whole_weights=None):
         save_pretrained(model, tokenizer, half, whole_weights)
         torch.save(state, os.path.join(half, "training_state.pt"))
         sync(half)
-        shutil.rmtree(whole, ignore_errors=True)           # a leftover the link never pointed to
+        shutil.rmtree(whole, ignore_errors=True)           # a leftover that was never linked
         os.rename(half, whole)
         if os.path.lexists(link + ".tmp"):                 # a run was killed between these lines
             os.remove(link + ".tmp")
         os.symlink(name, link + ".tmp")
         os.replace(link + ".tmp", link)
-    except (OSError, SafetensorError, RuntimeError) as e:  # torch.save says RuntimeError if full
+    except (OSError, SafetensorError, RuntimeError) as e:  # torch.save: RuntimeError if full
         shutil.rmtree(half, ignore_errors=True)
         raise OSError(f"could not write checkpoint {whole}: {e}. The last good one is "
                       f"{newest(out_dir) or 'none'}; make room and start again with the same "
@@ -133,8 +133,8 @@ def sync(folder):
 
 
 def remove_older(out_dir, keep):
-    """Remove all checkpoints but those of two steps: the one before the newest stays, in case the
-    newest is damaged."""
+    """Remove all checkpoints except those of the two steps in keep: the previous one stays, in case
+    the newest is damaged."""
     for name in os.listdir(out_dir):
         step = name.removeprefix("ckpt-")
         if name.startswith("ckpt-") and step.isdigit() and int(step) not in keep:

@@ -1,5 +1,5 @@
 """
-FSDP2: parameters, gradients and optimizer state sharded over all ranks. And activation
+FSDP2: parameters, gradients and optimizer state sharded over all ranks. Also activation
 checkpointing, the other way to fit a model into less memory.
 """
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ def shard_parameters(model, ranks):
     optimizer state.
 
     A layer is gathered when it runs, in the dtype that the model had; gradients are summed over
-    the ranks in float32. The vision tower, which is frozen, stays whole. The model may still be on
-    the CPU: it comes to the device one layer at a time.
+    the ranks in float32. The frozen vision tower is not sharded. The model may still be on the CPU:
+    it is moved to the device one layer at a time.
     """
     dtype = model.dtype
     tower = model.model.visual.requires_grad_(False).to(ranks.device)
@@ -35,15 +35,15 @@ def shard_parameters(model, ranks):
                 p.data = p.data.float()
         fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=set(tower.parameters()))
         part.set_gradient_divide_factor(1.0)               # summed, not averaged
-        part.set_force_sum_reduction_for_comms(True)       # gloo can do no other
+        part.set_force_sum_reduction_for_comms(True)       # gloo supports nothing else
     model.run = lambda work: work()
-    register_fsdp_forward_method(model, "run")             # work is to FSDP what the forward is
+    register_fsdp_forward_method(model, "run")             # FSDP treats run like forward
 
 
 def one_forward(work):
-    """Decorator: work(model, ...) is one forward of the model to FSDP. The parameters of no layer
-    (embeddings, head) are gathered before it, and once for its backward, however often work uses
-    them."""
+    """Decorator: FSDP treats work(model, ...) as one forward of the model. The parameters outside
+    the layers (embeddings, head) are gathered before it, and once for its backward, regardless of
+    how often work uses them."""
     @wraps(work)
     def call(model, *args, **options):
         if isinstance(model, FSDPModule):
@@ -54,27 +54,27 @@ def one_forward(work):
 
 @contextmanager
 def gathered(model):
-    """For sampling: every rank holds all parameters whole and runs as many forwards as it needs.
-    All ranks enter and leave together."""
+    """For sampling: every rank holds all parameters unsharded and runs any number of forwards. All
+    ranks enter and leave together."""
     if not isinstance(model, FSDPModule):
         yield
         return
     model.set_reshard_after_forward(False)
-    model.run(lambda: None)                                # what runs first is taken for the root
+    model.run(lambda: None)                    # FSDP takes the first module that runs as its root
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.unshard()
     try:
         yield
     finally:
-        model.reset_iter_state()       # shards again, and forgets what ran: other ranks ran less
+        model.reset_iter_state()       # shards again, and forgets what ran, which differs by rank
         model.set_reshard_after_forward(True)
         model.set_reshard_after_forward(False, recurse=False)
 
 
 def weights(model, tied=False):
-    """Name and tensor of each parameter: once, or with tied under every name that it has. Sharded
-    ones are gathered one at a time, as they are asked for, so all ranks must ask alike."""
+    """Name and tensor of each parameter: once, or, with tied, under every name that it has. Sharded
+    ones are gathered one at a time while iterating, so all ranks must iterate together."""
     for name, weight in model.named_parameters(remove_duplicate=not tied):
         weight = weight.detach()
         if isinstance(weight, DTensor):
@@ -83,8 +83,8 @@ def weights(model, tied=False):
 
 
 def like(x, parameter):
-    """A tensor of a checkpoint that belongs to a parameter: this rank's part of it where the
-    parameter is sharded and x has its shape, else x."""
+    """x, a tensor of a checkpoint, as its parameter needs it: this rank's part if the parameter is
+    sharded and x has its shape, else x itself."""
     if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
         return x
     return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements,
@@ -92,8 +92,8 @@ def like(x, parameter):
 
 
 def recompute_layers(model):
-    """Activation checkpointing: of each decoder layer only the input is kept for the backward,
+    """Activation checkpointing: only the input of each decoder layer is kept for the backward,
     which runs the layer again."""
     text = model.model.language_model
     text.gradient_checkpointing_enable({"use_reentrant": False})
-    text.train()       # transformers checkpoints in this mode alone; there is no dropout here
+    text.train()       # transformers checkpoints only in this mode; there is no dropout here

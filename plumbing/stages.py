@@ -1,6 +1,6 @@
 """
-A run has three stages: align, cold start ("sft") and RL. What they have in common: an optimizer, a
-curriculum, a progress bar, lines in the log, checkpoints, and a place where a stopped run goes on.
+The three stages of a run are align, cold start ("sft") and RL. This is what they share: an
+optimizer, a curriculum, a progress bar, lines in the log, checkpoints, and resuming.
 """
 import math
 import os
@@ -13,22 +13,22 @@ from plumbing.metrics import Log
 from plumbing.optimizer import make_optimizer, restore
 from plumbing.plots import draw_curves
 
-BAD_STEPS = 10         # optimizer steps in a row without a finite gradient that end a run
+BAD_STEPS = 10         # updates in a row without a finite gradient that end a run
 
 
 class Progress:
-    """How far a run has come, and what its checkpoints hold besides the weights."""
+    """How many steps of each stage are done, and what checkpoints hold besides the weights."""
 
     def __init__(self, config, ranks, mmap):
-        """The state of the newest checkpoint in config.out_dir, or else of a run's beginning.
+        """The state of the newest checkpoint in config.out_dir, or of a new run.
         mmap: see `resume.read_state`."""
         os.makedirs(config.out_dir, exist_ok=True)
         self.out_dir = config.out_dir
         self.checkpoint = resume.find(config.out_dir, ranks)       # a directory, or None
         self.done = {"align": 0, "sft": 0, "rl": 0}        # steps of each stage
-        self.step, self.previous = 0, 0                    # of the newest checkpoint, and before it
+        self.step, self.previous = 0, 0                    # of the newest checkpoint; the one before
         self.config = asdict(config)
-        self.saved = {}                                    # what the stage that was saved left
+        self.saved = {}                                    # the saved stage's optimizer, curriculum
         lines = 0
         if self.checkpoint:
             state = resume.read_state(self.checkpoint, config, mmap)
@@ -55,14 +55,14 @@ class Progress:
 
 
 class Stage:
-    """Iterate over it for the steps of a stage that are still to do."""
+    """One stage of a run. Iterating over it yields the steps that are still to do."""
 
     def __init__(self, name, steps, lr, curriculum, run, progress):
         self.name, self.steps, self.curriculum = name, steps, curriculum
         self.run, self.progress = run, progress
         self.optimizer = make_optimizer(run.model, lr)
         self.first = progress.done[name]
-        saved, progress.saved = progress.saved, {}         # of one stage: kept no longer than it
+        saved, progress.saved = progress.saved, {}         # of one stage only
         if self.first:
             restore(self.optimizer, saved["optimizer"], saved["copies"])
             curriculum.load_state_dict(saved["curriculum"])
@@ -73,7 +73,7 @@ class Stage:
             yield from range(self.first, self.steps)
 
     def count_skipped(self, norm):
-        """1 where a gradient norm is not finite, so that its update was skipped; else 0. Raises
+        """1 if a gradient norm is not finite, so that its update was skipped; else 0. Raises
         ValueError at BAD_STEPS in a row."""
         if math.isfinite(norm):
             self.progress.bad_steps = 0
@@ -85,8 +85,8 @@ class Stage:
         return 1
 
     def drop(self, reasons):
-        """Samples that cannot be used are named, counted, and not drawn again. reasons: {id: why},
-        those of all ranks."""
+        """Name and count samples that cannot be used, and never draw them again.
+        reasons: {id: why}, of all ranks."""
         dropped = self.curriculum.dropped
         for id, why in reasons.items():
             if id not in dropped:
@@ -94,12 +94,12 @@ class Stage:
                 self.run.say(f"dropped {id}: {why} ({len(dropped)} dropped so far)")
 
     def log(self, step, note, **values):
-        """Log one step, counted from 0, and show it in the bar with a note."""
+        """Log one step, counted from 0, and show it in the progress bar with a note."""
         self.progress.log.write(self.name, step + 1, **values)
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update()
 
     def save_if_due(self, step):
-        """A checkpoint every save_every steps, and after the stage's last."""
+        """Save a checkpoint every save_every steps, and after the last step of the stage."""
         if step + 1 == self.steps or (step + 1) % self.run.config.save_every == 0:
             self.progress.save(self.run, self, step + 1)

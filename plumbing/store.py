@@ -1,9 +1,9 @@
 """
-What saves work: videos known by their content, vision tokens kept on disk, videos read ahead.
+What saves work: videos identified by content, vision tokens kept on disk, videos read ahead.
 
-    fingerprint    the content of a file or folder, whatever its name
+    fingerprint    a hash of the content of a file or folder, regardless of its name
     Disk           vision tokens on disk, shared by ranks and runs
-    Ahead          reads the next videos in a thread while others are computed with
+    Ahead          reads the next videos in a thread while others are processed
 """
 import atexit
 import fcntl
@@ -29,7 +29,7 @@ from plumbing.pictures import list_pictures
 # hashes
 
 def sha256(text, *tensors):
-    """Of a text and of the bytes of tensors. -> 64 hexadecimal digits"""
+    """The hash of a text and of the bytes of tensors. -> 64 hexadecimal digits"""
     digest = hashlib.sha256(text.encode())
     for x in tensors:
         digest.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy())
@@ -39,9 +39,9 @@ def sha256(text, *tensors):
 def fingerprint(path, folder=""):
     """A hash of a video's content. -> 64 hexadecimal digits
 
-    Of a file its bytes, under any name; of a folder the names, sizes and bytes of its pictures, in
-    order. A file is read whole, once: then the hash is remembered by its absolute path, size and
-    time of change; in `folder`, if given, for later runs too. Raises VideoError.
+    Of a file, the bytes, not the name; of a folder, the names, sizes and bytes of its pictures, in
+    order. A file is read once: then its hash is remembered by absolute path, size and modification
+    time; in `folder`, if given, for later runs too. Raises VideoError.
     """
     path = os.fspath(path)
     if not os.path.exists(path):
@@ -60,7 +60,7 @@ def fingerprint(path, folder=""):
 
 @lru_cache(maxsize=None)
 def hash_files(stamps, with_names, folder):
-    """stamps: ((path, size, time of change), ...); with_names: the files' names are part of the
+    """stamps: ((path, size, modification time), ...); with_names: file names are part of the
     content, as in a folder of pictures; folder: where notes of the hashes are kept, or empty."""
     note = None
     if folder:
@@ -74,14 +74,14 @@ def hash_files(stamps, with_names, folder):
         if with_names:
             digest.update(repr((os.path.basename(path), size)).encode())
         with open(path, "rb") as f:
-            hashlib.file_digest(f, lambda: digest)         # reads on into the same digest
+            hashlib.file_digest(f, lambda: digest)         # adds to the same digest
     if note:
         write_note(note, digest.hexdigest())
     return digest.hexdigest()
 
 
 def read_note(path):
-    """-> the hash; None where there is none, or one that was cut off when the machine went down"""
+    """-> the hash; None if there is none, or an incomplete one from a machine that went down"""
     with suppress(OSError, UnicodeDecodeError), open(path) as f:
         text = f.read()
         if re.fullmatch("[0-9a-f]{64}", text):
@@ -107,16 +107,16 @@ class Disk:
     """Vision tokens on disk, a safetensors file for each entry. Any number of ranks and runs may
     share a folder. Entries are never deleted here.
 
-    A damaged entry and a full disk cost a line and the work of encoding, never the run.
+    A damaged entry or a full disk costs a warning and an encoding, but does not end the run.
     """
 
     def __init__(self, folder, say):
-        """say(line) prints. Raises ValueError where the folder cannot be made or written to."""
+        """say(line) prints. Raises ValueError if the folder cannot be created or written to."""
         self.folder = folder
         self.say = say
         try:
             os.makedirs(folder, exist_ok=True)
-            # Only trying tells: permission bits mean nothing to root and on read-only disks.
+            # Only a test shows it: permission bits mean nothing to root and on read-only disks.
             with tempfile.TemporaryFile(dir=folder) as probe:
                 fcntl.flock(probe, fcntl.LOCK_EX)
         except OSError as e:
@@ -131,8 +131,8 @@ class Disk:
 
     @contextmanager
     def lock(self, key):
-        """Waits until no other process is inside the `with` of this key, so that nobody encodes
-        what another is encoding. The system takes the lock from a process that dies."""
+        """Waits until no other process is inside the `with` of this key, so that no video
+        is encoded twice at once. The system releases the lock of a process that dies."""
         with ExitStack() as until_end:
             try:
                 file = until_end.enter_context(open(self.path(key) + ".lock", "w"))

@@ -1,5 +1,5 @@
 """
-The other settings at which an evaluation looks: numbers of frames, and thinking budgets.
+The additional settings of an evaluation: numbers of frames, and thinking budgets.
 """
 import re
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 class Setting:
     """One row of a sweep."""
     frames: int
-    think_least: int       # tokens; a thought that would end earlier is made to go on
-    think_budget: int      # tokens; the most
+    think_least: int       # tokens; a thought that would end earlier is extended
+    think_budget: int      # tokens; the maximum
 
 
 def sweep(c):
-    """What --eval_frames and --eval_budgets ask for, besides the run's own setting. -> `Setting`s
-    Raises ValueError where that is no list of numbers, or cannot work."""
+    """The settings of --eval_frames and --eval_budgets, besides the run's own. -> `Setting`s
+    Raises ValueError if they are not lists of numbers, or cannot work."""
     asked = f"--eval_frames={c.eval_frames} --eval_budgets={c.eval_budgets}"
     frames = [re.fullmatch(r"\d+", text) for text in c.eval_frames.split(",") if text]
     budgets = [re.fullmatch(r"(?:(\d+)-)?(\d+)", x) for x in c.eval_budgets.split(",") if x]

@@ -1,6 +1,6 @@
 """
-The tiny model: Qwen2.5-VL's architecture with a million parameters and a tokenizer of its own,
-made from nothing. It runs on a laptop and needs no download.
+The tiny model: Qwen2.5-VL's architecture with a million parameters and its own tokenizer, randomly
+initialised. It runs on a laptop and needs no download.
 """
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -39,7 +39,7 @@ WORDS += "\n" + WORDS.replace(" ", "\n") + "<answer></answer></think><answer> A.
 def build_tiny(seed=0):
     """The tiny model, untrained. -> (model, tokenizer, `Pixels`)
 
-    Its weights are a function of the seed; torch's generator is left as it was.
+    Its weights depend only on the seed; the state of torch's generator does not change.
     """
     tokenizer = build_tokenizer()
     config = build_config(tokenizer)
