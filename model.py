@@ -69,10 +69,10 @@ class VideoPatches:
     def open(self):
         """-> ((t, h, w) in patches, merge, read), as `encode.encode` wants it"""
         px = self.px
-        self.video = self.open_video()
-        self.size = frame_size(self.video.height, self.video.width, px, self.video.frames)
-        t = math.ceil(self.video.frames / px.temporal)
-        return (t, self.size[0] // px.patch, self.size[1] // px.patch), px.merge, self.read
+        self.video = video = self.open_video()
+        self.size = h, w = frame_size(video.height, video.width, px, video.frames)
+        t = math.ceil(video.frames / px.temporal)
+        return (t, h // px.patch, w // px.patch), px.merge, self.read
 
     def read(self, lo, hi):
         """Temporal patches lo to hi. -> float32 [n,C]"""

@@ -100,61 +100,51 @@ class Writing:
         if self.thinking:
             token = self.think(token, text)
         elif self.pending_ids:
-            token = self.write_pending()
+            token = self.append_forced()
         else:
-            self.answer(token)
-        if self.budget == 0 and self.ends_with_its_budget() and not self.done:
+            self.append_sampled(token)
+        # An answer ends with its budget; a thought does where no answer is forced.
+        can_end = not self.rules.forces_answer if self.thinking else not self.pending_ids
+        if self.budget == 0 and can_end and not self.done:
             self.done = self.truncated = True
         return token
 
     def think(self, token, text):
-        """-> the id that is written. WAIT_TEXT takes thinking time too."""
-        if not self.pending_ids and self.ends_too_early(token, text):
+        """-> the id that is written: token, or the next one of WAIT_TEXT"""
+        if self.ends_too_early(token, text) and not self.pending_ids:
             self.tail = ""
             self.pending_ids = list(self.rules.wait_ids)
-        self.budget -= 1
         if self.pending_ids:
-            return self.write_pending()
-        self.write_sampled(token)
+            self.budget -= 1                               # WAIT_TEXT takes thinking time
+            return self.append_forced()
+        self.append_sampled(token)
         self.tail = self.tail[-40:] + text
         if "</think>" in self.tail:
             self.start_answer()
         return token
 
+    def ends_too_early(self, token, text):
+        """Whether a token ends, or begins to end, a thought of fewer than think_least tokens."""
+        if len(self.tokens) >= self.rules.think_least:
+            return False
+        # "</" begins the tag: after the whole of it WAIT_TEXT would come too late. Its "<" may have
+        # come with the token before.
+        return token in self.rules.stop_ids or "</" in self.tail[-1:] + text
+
     def start_answer(self):
         self.thinking = False
         self.budget = self.rules.answer_budget
 
-    def answer(self, token):
+    def append_sampled(self, token):
         self.budget -= 1
-        self.write_sampled(token)
-
-    def write_sampled(self, token):
         self.tokens.append(token)
         self.sampled.append(True)
         self.done = token in self.rules.stop_ids
 
-    def write_pending(self):
-        token = self.pending_ids.pop(0)
-        self.tokens.append(token)
-        self.sampled.append(False)                         # forced text carries no loss
-        return token
-
-    def ends_too_early(self, token, text):
-        """Whether a token ends, or begins to end, a thought of fewer than think_least tokens.
-
-        "</" begins the tag. Its "<" may have come with the token before, and waiting for the whole
-        </think> would be too late: most of the tag would stand there already.
-        """
-        if len(self.tokens) >= self.rules.think_least:
-            return False
-        return token in self.rules.stop_ids or "</" in self.tail[-1:] + text
-
-    def ends_with_its_budget(self):
-        """An answer does, once forced text is written; a thought where no answer is forced."""
-        if self.thinking:
-            return not self.rules.forces_answer
-        return not self.pending_ids
+    def append_forced(self):
+        self.tokens.append(self.pending_ids.pop(0))
+        self.sampled.append(False)                         # it carries no loss
+        return self.tokens[-1]
 
 
 class SharedPrefix:
