@@ -24,7 +24,7 @@ import toy
 from flow import Completion, Ranks
 from plumbing.batches import cut
 from plumbing.command_line import check_choice, check_range, parse
-from plumbing.families import decode
+from plumbing.families import decode, tokenize
 from plumbing.ranks import run_command, shard, start
 from plumbing.sharding import gathered
 from plumbing.streams import uniform
@@ -50,11 +50,7 @@ def budgets(c):
 
 def room(tokenizer, think_budget, answer_budget, forced=FORCED_TEXT, **_):
     """The most tokens that a completion can have. forced: text, None where none is written"""
-    return think_budget + len(token_ids(tokenizer, forced)) + answer_budget
-
-
-def token_ids(tokenizer, text):
-    return tokenizer(text or "", add_special_tokens=False).input_ids
+    return think_budget + len(tokenize(tokenizer, forced or "")) + answer_budget
 
 
 @dataclass
@@ -239,8 +235,8 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     steps = room(tokenizer, think_budget, answer_budget, forced)
     banned = vlm.banned_ids(model, tokenizer) if banned is None else banned
     stops = set(vlm.stop_ids(model, tokenizer))
-    rules = Rules(think_budget, answer_budget, think_least, stops, token_ids(tokenizer, WAIT_TEXT),
-                  token_ids(tokenizer, forced), forces_answer=forced is not None)
+    rules = Rules(think_budget, answer_budget, think_least, stops, tokenize(tokenizer, WAIT_TEXT),
+                  tokenize(tokenizer, forced or ""), forces_answer=forced is not None)
     writings = [Writing(rules, think_budget) for group in keys for _ in group]
     text_of = cache(lambda token: tokenizer.decode([token]))
     if not greedy:
