@@ -113,7 +113,7 @@ class Curriculum:
         waiting = []         # of these, the ids met again: their turn comes after this round
         while len(drawn) < n:
             if not self.queue:
-                self.queue = self.next_epoch()
+                self.refill()
             id = self.queue.pop(0)
             if id in self.dropped or id in waiting:        # an id waits for one turn only
                 continue
@@ -129,16 +129,13 @@ class Curriculum:
         self.queue = waiting + self.queue
         return drawn
 
-    def next_epoch(self):
-        """-> all ids, shuffled by the seed and the number of the epoch"""
-        order = list(self.ids)
-        random.Random(f"{self.seed} epoch {self.epoch}").shuffle(order)
+    def refill(self):
+        self.queue = list(self.ids)
+        random.Random(f"{self.seed} epoch {self.epoch}").shuffle(self.queue)
         self.epoch += 1
-        return order
 
     def accepts(self, id, weights, largest):
-        """Whether an id that is met is drawn, not passed over: with a chance of its tier's weight
-        relative to the largest."""
+        """Whether an id that is met is drawn: with a chance of its tier's weight / the largest."""
         self.met += 1
         chance = random.Random(f"{self.seed} met {self.met}").random()
         return chance * largest < weights[self.tier(id)]
@@ -162,8 +159,8 @@ class Curriculum:
 
     def expanded(self, n, multiple=1):
         """How many prompts to draw so that about n groups have signal, rounded up to a multiple."""
-        # The moving average approaches 1 but never reaches it: without this allowance ceil would
-        # draw one prompt too many for ever.
+        # The average falls towards 1 but never reaches it: without 0.01 ceil would draw one prompt
+        # too many for ever.
         prompts = n * self.ratio - 0.01
         return math.ceil(prompts / multiple) * multiple
 

@@ -19,7 +19,7 @@ import rewards
 import toy
 from flow import PromptError, Sample, VideoError
 from plumbing import store
-from plumbing.formats import read_records, sample_fields
+from plumbing.formats import guess_domain, read_records, sample_fields
 from plumbing.ranks import on_first
 from plumbing.video import open_file
 
@@ -32,7 +32,8 @@ def load(source, video_dir=""):
     source: "toy" or "toy:A,B" (`toy.load`), a .jsonl of `Sample`, LongVideo-Reason's .json.
     video_dir: where the paths of videos begin; empty: at the folder of the file.
     A sample without an id is named after its place in the file; for one without a domain see
-    `guess_domain`. Raises ValueError that names the file, the line and what is wrong with it.
+    `plumbing.formats.guess_domain`. Raises ValueError that names the file, the line and what is
+    wrong with it.
     """
     if source == "toy" or source.startswith("toy:"):
         return toy.load(source)
@@ -56,18 +57,6 @@ def load(source, video_dir=""):
     if not samples:
         raise ValueError(f"{source}: no samples in it")
     return samples
-
-
-def guess_domain(sample):
-    """"choice" if the answer is one letter and the question lists options, "count" if it is an
-    integer, else "open"."""
-    is_letter = re.fullmatch(r"[A-Za-z]", sample.answer)
-    lists_options = re.search(r"(^|[\s(])B[).:]\s*\S", sample.question)
-    if is_letter and lists_options:
-        return "choice"
-    if re.fullmatch(r"[+-]?\d+", sample.answer):
-        return "count"
-    return "open"
 
 
 def split(samples, fraction=0.05):

@@ -24,7 +24,7 @@ from flow import Pixels, Prompt, PromptError, Ranks  # noqa: F401  Pixels is fou
 from plumbing import families
 from plumbing.checkpoints import cast_parameters, load_pretrained
 from plumbing.checkpoints import save_pretrained as save  # noqa: F401  its name for callers
-from plumbing.families import frame_size, stop_ids, vision_pad
+from plumbing.families import banned_ids, frame_size, stop_ids, vision_pad  # noqa: F401  same
 from plumbing.sharding import one_forward
 from plumbing.tiny import build_tiny
 from plumbing.tower_attention import FRAMES_ATTENTION
@@ -69,10 +69,10 @@ class VideoPatches:
     def open(self):
         """-> ((t, h, w) in patches, merge, read), as `encode.encode` wants it"""
         px = self.px
-        self.video = self.open_video()
-        self.size = frame_size(self.video.height, self.video.width, px, self.video.frames)
-        t = math.ceil(self.video.frames / px.temporal)
-        return (t, self.size[0] // px.patch, self.size[1] // px.patch), px.merge, self.read
+        self.video = video = self.open_video()
+        self.size = h, w = frame_size(video.height, video.width, px, video.frames)
+        t = math.ceil(video.frames / px.temporal)
+        return (t, h // px.patch, w // px.patch), px.merge, self.read
 
     def read(self, lo, hi):
         """Temporal patches lo to hi. -> float32 [n,C]"""
@@ -177,20 +177,6 @@ def check_length(model, prompt, room, vllm_length=None):
         raise PromptError(f"a prompt of {len(prompt.ids)} tokens ({len(prompt.vision)} of them "
                           f"vision) and {room} for the answer do not fit {name}; "
                           "lower frames or max_pixels")
-
-
-def banned_ids(model, tokenizer):
-    """The ids that are never sampled, in sampler and trainer alike. -> bool [vocabulary]
-
-    Vision pads (one that is sampled as text breaks the next forward), every other control id that
-    neither ends the turn nor spells one of our tags, and the padded rows that no token owns.
-    """
-    banned = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
-    banned[len(tokenizer):] = True
-    for i, token in tokenizer.added_tokens_decoder.items():
-        banned[i] = token.special and token.content not in families.TAGS
-    banned[stop_ids(model, tokenizer)] = False
-    return banned.to(model.device)
 
 
 # --------------------------------------------------------------------------------------------------

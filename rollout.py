@@ -24,22 +24,23 @@ import toy
 from flow import Completion, Ranks
 from plumbing.batches import cut
 from plumbing.command_line import check_choice, check_range, parse
+from plumbing.families import decode, tokenize
 from plumbing.ranks import run_command, shard, start
 from plumbing.sharding import gathered
 from plumbing.streams import uniform
 from plumbing.vllm_engine import VLLM
 
-FORCED = "</think><answer>"   # written when the thinking budget has run out
-WAIT = "\nWait,"              # written in place of a </think> that comes too early
+FORCED_TEXT = "</think><answer>"   # written when the thinking budget has run out
+WAIT_TEXT = "\nWait,"              # written in place of a </think> that comes too early
 ALONE = Ranks()
 
 
 def limits(think_budget, answer_budget, force=True, think_least=0):
     """The budgets and what is written at their ends, for `sample`. With no time to think at all the
     whole empty thought is written. force=False: a thought that is too long ends the completion."""
-    forced = FORCED if think_budget else "<think>" + FORCED
+    text = FORCED_TEXT if think_budget else "<think>" + FORCED_TEXT
     return {"think_budget": think_budget, "answer_budget": answer_budget,
-            "forced": forced if force else None, "think_least": think_least}
+            "forced": text if force else None, "think_least": think_least}
 
 
 def budgets(c):
@@ -47,13 +48,9 @@ def budgets(c):
     return limits(c.think_budget, c.answer_budget, c.force_answer)
 
 
-def room(tokenizer, think_budget, answer_budget, forced=FORCED, **_):
-    """The most tokens that a completion can have."""
-    return think_budget + len(token_ids(tokenizer, forced)) + answer_budget
-
-
-def token_ids(tokenizer, text):
-    return tokenizer(text or "", add_special_tokens=False).input_ids
+def room(tokenizer, think_budget, answer_budget, forced=FORCED_TEXT, **_):
+    """The most tokens that a completion can have. forced: text, None where none is written"""
+    return think_budget + len(tokenize(tokenizer, forced or "")) + answer_budget
 
 
 @dataclass
@@ -61,23 +58,29 @@ class Rules:
     """When a thought and an answer end, and what is written for the model."""
     think_budget: int     # tokens
     answer_budget: int    # tokens, from the end of the thought
-    think_least: int      # tokens; a thought that would end earlier goes on after WAIT
-    stops: set            # ids that end a completion
-    wait: list            # ids of WAIT
-    forced: list          # ids that begin an answer when time is up
-    force: bool = True    # False: no answer is begun, the completion ends there
+    think_least: int      # tokens; a thought that would end earlier goes on after WAIT_TEXT
+    stop_ids: set         # end a completion
+    wait_ids: list        # of WAIT_TEXT
+    forced_ids: list      # begin an answer when the thinking budget has run out
+    forces_answer: bool = True     # False: no answer is begun, the completion ends there
 
 
 @dataclass
 class Writing:
-    """A completion while it is being written, one token a step."""
+    """A completion while it is being written, one token a step. Its states:
+
+    thinking       until </think>, a stop id, or the end of the thinking budget
+    forced text    FORCED_TEXT is written, token by token, if that budget has run out
+    answering      until a stop id or the end of the answer budget
+    done
+    """
     rules: Rules
-    budget: int           # tokens left, of the thought or of the answer
+    budget: int              # tokens left, of the thought or of the answer
     thinking: bool = True
-    pending: list = ()    # forced ids that are still to be written
-    tail: str = ""        # the thought's last characters, for </think> may be cut into any tokens
-    forced: bool = False
-    truncated: bool = False
+    pending_ids: list = ()   # of forced text that is not written yet; of WAIT_TEXT while thinking
+    tail: str = ""           # the thought's last characters: its </think> may be many tokens
+    forced: bool = False     # the answer was begun for the model
+    truncated: bool = False  # a budget ended it
     done: bool = False
     tokens: list = field(default_factory=list)
     sampled: list = field(default_factory=list)            # one bool a token
@@ -86,43 +89,58 @@ class Writing:
         """One decoding step: the model picked token, which reads text. -> the id that is written"""
         if self.done:
             return token                                   # nothing reads it
-        if self.thinking and self.budget == 0:             # time is up: force an answer
+        if self.thinking and self.budget == 0:
             self.start_answer()
-            self.forced, self.pending = True, list(self.rules.forced)
-        elif self.stops_too_early(token, text):            # think on
-            self.tail, self.pending = "", list(self.rules.wait)
-
-        sampled = not self.pending
-        if sampled:
-            self.budget -= 1
-            self.done = token in self.rules.stops
-            if self.thinking and self.ends_thought(text):
-                self.start_answer()
-        else:                                              # forced text carries no loss
-            token = self.pending.pop(0)
-            if self.thinking:
-                self.budget -= 1                           # WAIT takes thinking time
-        self.tokens.append(token)
-        self.sampled.append(sampled)
+            self.forced = True
+            self.pending_ids = list(self.rules.forced_ids)
+        if self.thinking:
+            token = self.think(token, text)
+        elif self.pending_ids:
+            token = self.append_forced()
+        else:
+            self.append_sampled(token)
         # An answer ends with its budget; a thought does where no answer is forced.
-        can_end = not self.rules.force if self.thinking else not self.pending
+        can_end = not self.rules.forces_answer if self.thinking else not self.pending_ids
         if self.budget == 0 and can_end and not self.done:
             self.done = self.truncated = True
         return token
+
+    def think(self, token, text):
+        """-> the id that is written: token, or the next one of WAIT_TEXT"""
+        if self.ends_too_early(token, text) and not self.pending_ids:
+            self.tail = ""
+            self.pending_ids = list(self.rules.wait_ids)
+        if self.pending_ids:
+            self.budget -= 1                               # WAIT_TEXT takes thinking time
+            return self.append_forced()
+        self.append_sampled(token)
+        self.tail = self.tail[-40:] + text
+        if "</think>" in self.tail:
+            self.start_answer()
+        return token
+
+    def ends_too_early(self, token, text):
+        """Whether a token ends, or begins to end, a thought of fewer than think_least tokens."""
+        if len(self.tokens) >= self.rules.think_least:
+            return False
+        # "</" begins the tag: after the whole of it WAIT_TEXT would come too late. Its "<" may have
+        # come with the token before.
+        return token in self.rules.stop_ids or "</" in self.tail[-1:] + text
 
     def start_answer(self):
         self.thinking = False
         self.budget = self.rules.answer_budget
 
-    def stops_too_early(self, token, text):
-        """Whether a token ends, or begins to end, a thought of fewer than think_least tokens."""
-        if not self.thinking or self.pending or len(self.tokens) >= self.rules.think_least:
-            return False
-        return token in self.rules.stops or "</" in self.tail[-1:] + text
+    def append_sampled(self, token):
+        self.budget -= 1
+        self.tokens.append(token)
+        self.sampled.append(True)
+        self.done = token in self.rules.stop_ids
 
-    def ends_thought(self, text):
-        self.tail = self.tail[-40:] + text
-        return "</think>" in self.tail
+    def append_forced(self):
+        self.tokens.append(self.pending_ids.pop(0))
+        self.sampled.append(False)                         # it carries no loss
+        return self.tokens[-1]
 
 
 class SharedPrefix:
@@ -130,10 +148,10 @@ class SharedPrefix:
     completions beside them. The first forward is the prefill, [N,P] padded on the right; every
     later one is one token of all N*G completions."""
 
-    def __init__(self, lengths, padded, group, room, kv_heads, ranks):
-        """lengths: long [N]; padded: P; group: G; room: the most tokens a completion can have;
-        ranks: `encode.Ulysses` deals out the kv_heads heads of the prefill over them."""
-        self.N, self.G = len(lengths), group
+    def __init__(self, lengths, padded, G, room, kv_heads, ranks):
+        """lengths: long [N]; padded: P; room: the most tokens a completion can have; ranks:
+        `encode.Ulysses` deals out the kv_heads heads of the prefill over them."""
+        self.N, self.G = len(lengths), G
         self.room, self.kv_heads = room, kv_heads
         self.ranks = ranks
         self.step = -1                                     # of decoding; -1: the prefill
@@ -142,14 +160,19 @@ class SharedPrefix:
         self.prefix, self.completions = {}, {}             # {layer: (keys, values)}
 
     def __call__(self, layer, q, k, v, scale):
-        """As `model.layout_attention` calls a layout. q, k, v and result: [rows,heads,S,d]"""
+        """As `model.call_attention` calls it. q, k, v and result: [rows,heads,S,d]"""
         if self.step < 0:
-            self.prefix[layer] = [encode.all_heads(x, self.kv_heads, self.ranks) for x in (k, v)]
-            shape = (self.N * self.G, self.kv_heads, self.room, k.shape[3])
-            self.completions[layer] = k.new_empty(shape), v.new_empty(shape)   # never grown
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            return self.prefill(layer, q, k, v, scale)
+        return self.decode(layer, q, k, v, scale)
 
+    def prefill(self, layer, q, k, v, scale):
+        self.prefix[layer] = [encode.all_heads(x, self.kv_heads, self.ranks) for x in (k, v)]
+        shape = (self.N * self.G, self.kv_heads, self.room, k.shape[3])
+        self.completions[layer] = k.new_empty(shape), v.new_empty(shape)       # never grown
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+    def decode(self, layer, q, k, v, scale):
         prefix_k, prefix_v = self.prefix[layer]                                # [N, kv, P, d]
         for kept, new in zip(self.completions[layer], (k, v)):
             kept[:, :, self.step] = new[:, :, 0]
@@ -171,18 +194,19 @@ class SharedPrefix:
 
 
 def prefill(model, prompts, G, room, ranks):
-    """Run N prompts once. -> (layout, hidden [N*G,D], first [N*G]): hidden is where the first
-    tokens are predicted, first are their positions. room: the most tokens of a completion."""
+    """Run N prompts once. -> (`SharedPrefix`, hidden [N*G,D], first [N*G]): hidden is where the
+    first tokens are predicted, first are their positions. room: the most tokens of a completion."""
     ids, positions, lengths, first = vlm.pad_prefixes(prompts, model.device, ranks)
     N, P = ids.shape
-    layout = SharedPrefix(lengths, P, G, room, model.config.text_config.num_key_value_heads, ranks)
+    kv_heads = model.config.text_config.num_key_value_heads
+    attention = SharedPrefix(lengths, P, G, room, kv_heads, ranks)
     visions = [prompt.vision for prompt in prompts]
-    hidden, place = vlm.forward(model, layout, ids, positions, visions, P, ranks)    # [N, P/sp, D]
+    hidden, place = vlm.forward(model, attention, ids, positions, visions, P, ranks)  # [N,P/sp,D]
     last = place[lengths - 1]                              # [N], -1 where it is on another rank
     hidden = hidden[torch.arange(N, device=model.device), last].masked_fill(last[:, None] < 0, 0.0)
     if ranks.sp > 1:
         hidden = encode.sum_forward(hidden, ranks)
-    return layout, hidden.repeat_interleave(G, 0), first.repeat_interleave(G)
+    return attention, hidden.repeat_interleave(G, 0), first.repeat_interleave(G)
 
 
 def pick_tokens(logp, numbers):
@@ -196,13 +220,13 @@ def pick_tokens(logp, numbers):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=False, watch=None,
-           banned=None, forced=FORCED, think_least=0, ranks=ALONE):
+           banned=None, forced=FORCED_TEXT, think_least=0, ranks=ALONE):
     """Completions of N prompts. -> N lists of G `Completion`s
 
-    A thought ends with </think>, or after think_budget tokens, when `forced` is written (None: the
-    completion ends there, truncated). Then answer_budget tokens may be sampled. Where a thought
-    would end before think_least tokens WAIT is written (budget forcing of s1, arXiv 2501.19393).
-    What is written is tokenized by itself and marked as not sampled.
+    A thought ends with </think>, or after think_budget tokens, when the text `forced` is written
+    (None: the completion ends there, truncated). Then answer_budget tokens may be sampled. Where a
+    thought would end before think_least tokens WAIT_TEXT is written (budget forcing of s1, arXiv
+    2501.19393). What is written is tokenized by itself and marked as not sampled.
     keys: N lists of G keys for `plumbing.streams`, one a completion; watch(text), if given, gets
     each new piece of the first completion; banned: bool [vocabulary], None: `model.banned_ids`;
     ranks: their sp ranks share this prefill.
@@ -211,14 +235,15 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     steps = room(tokenizer, think_budget, answer_budget, forced)
     banned = vlm.banned_ids(model, tokenizer) if banned is None else banned
     stops = set(vlm.stop_ids(model, tokenizer))
-    rules = Rules(think_budget, answer_budget, think_least, stops, token_ids(tokenizer, WAIT),
-                  token_ids(tokenizer, forced), force=forced is not None)
+    rules = Rules(think_budget, answer_budget, think_least, stops, tokenize(tokenizer, WAIT_TEXT),
+                  tokenize(tokenizer, forced or ""), forces_answer=forced is not None)
     writings = [Writing(rules, think_budget) for group in keys for _ in group]
     text_of = cache(lambda token: tokenizer.decode([token]))
     if not greedy:
         numbers = torch.tensor(uniform(sum(keys, []), steps), device=device)   # [N*G, steps]
-    layout, hidden, first = prefill(model, prompts, G, steps, ranks)
-    logprobs, shown = [], 0
+    attention, hidden, first = prefill(model, prompts, G, steps, ranks)
+    logprobs = []
+    shown = 0                                              # characters that watch has got
     for step in range(steps):
         logp = vlm.token_distribution(model, hidden, banned)                   # [N*G, vocabulary]
         picked = pick_tokens(logp, None if greedy else numbers[:, step])
@@ -226,23 +251,23 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
         tokens = torch.tensor(written, device=device)                          # [N*G]
         logprobs.append(logp.gather(1, tokens[:, None])[:, 0])
         if watch and len(writings[0].tokens) == step + 1:
-            text = vlm.decode(tokenizer, writings[0].tokens, stops)
+            text = decode(tokenizer, writings[0].tokens, stops)
             if len(text) > shown and (text[-1] != "\ufffd" or writings[0].done):
                 watch(text[shown:])                        # no letter before all of its tokens
                 shown = len(text)
         if all(w.done for w in writings):
             break
-        layout.step = step
+        attention.step = step
         hidden = model.model.language_model(               # one token of each completion
             inputs_embeds=model.get_input_embeddings()(tokens)[:, None],
             position_ids=(first + step).expand(3, -1)[..., None], use_cache=False,
-            layout=layout).last_hidden_state[:, 0]                             # [N*G, D]
+            attention=attention).last_hidden_state[:, 0]                       # [N*G, D]
 
     completions = []
     for w, logp in zip(writings, torch.stack(logprobs, 1).cpu()):              # [L] of [N*G, L]
         tokens, sampled = torch.tensor(w.tokens), torch.tensor(w.sampled)
         logp = logp[:len(tokens)].masked_fill(~sampled, 0.0)
-        text = vlm.decode(tokenizer, w.tokens, stops)
+        text = decode(tokenizer, w.tokens, stops)
         completions.append(Completion(tokens, sampled, logp, text, w.forced, w.truncated))
     return [completions[at:at + G] for at in range(0, len(completions), G)]
 
@@ -269,28 +294,42 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=Fal
     shared out too (each rank must have completions to sample); engine: a `VLLM`, None: torch;
     how: the other arguments of `sample`.
     """
-    how = {"forced": FORCED, **how}
-    samples_all = ranks.sp == 1 or (engine is not None and engine.shared)      # on each rank
-    if not samples_all:
+    how = {"forced": FORCED_TEXT, **how}
+    each_samples_all = ranks.sp == 1 or (engine is not None and engine.shared)
+    if not each_samples_all:
         lo, hi = shard(len(keys[0]) if keys else 0, ranks.sp_rank, ranks.sp)
         keys = [group[lo:hi] for group in keys]
-    completions = [[] for _ in prompts]
     if engine is None:
-        with gathered(model):                              # on every rank, also with no keys
-            to_sample = range(len(prompts)) if any(keys) else []
-            for batch in cut(to_sample, lambda i: len(prompts[i].ids), max_tokens):
-                lo, hi = batch[0], batch[-1] + 1
-                completions[lo:hi] = sample(model, tokenizer, prompts[lo:hi], keys[lo:hi],
-                                            ranks=ranks if stage2 else ALONE, **how)
-    elif any(keys) or isinstance(model, FSDPModule):       # all ranks gather sharded weights
-        engine.load(model)
-        completions = engine.sample(prompts, keys, **how)
-        engine.rest()
-    if samples_all:
+        prefill_ranks = ranks if stage2 else ALONE
+        completions = torch_rollout(model, tokenizer, prompts, keys, max_tokens, prefill_ranks, how)
+    else:
+        completions = vllm_rollout(engine, model, prompts, keys, how)
+    if each_samples_all:
         return completions
     parts = [None] * ranks.sp
     dist.all_gather_object(parts, completions, group=ranks.group)
     return [sum(group, []) for group in zip(*parts)]
+
+
+def torch_rollout(model, tokenizer, prompts, keys, max_tokens, ranks, how):
+    """`sample` in batches of at most max_tokens prefix tokens. ranks: they share the prefill"""
+    completions = [[] for _ in prompts]
+    with gathered(model):                                  # on every rank, also with no keys
+        to_sample = range(len(prompts)) if any(keys) else []
+        for batch in cut(to_sample, lambda i: len(prompts[i].ids), max_tokens):
+            lo, hi = batch[0], batch[-1] + 1
+            completions[lo:hi] = sample(model, tokenizer, prompts[lo:hi], keys[lo:hi],
+                                        ranks=ranks, **how)
+    return completions
+
+
+def vllm_rollout(engine, model, prompts, keys, how):
+    if not any(keys) and not isinstance(model, FSDPModule):    # all ranks gather sharded weights
+        return [[] for _ in prompts]
+    engine.load(model)
+    completions = engine.sample(prompts, keys, **how)
+    engine.rest()
+    return completions
 
 
 @dataclass

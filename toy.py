@@ -28,9 +28,9 @@ import torch
 
 import model as vlm
 from flow import Sample, VideoError
-from plumbing import optimizer
 from plumbing.command_line import parse
 from plumbing.frames import make_video, pick
+from plumbing.optimizer import falling, update, warmed_up
 
 CATEGORIES = ["temporal", "goal", "spatial", "plot"]   # LongVideo-Reason's four: the data "toy"
 EXTRA_PARTS = ["reading", "grounding", "long"]         # loaded only by name: "toy:reading,long"
@@ -311,9 +311,8 @@ def align(run, stage, teach, parts):
         batch = encode_with_gradient(run, samples[ranks.rank::ranks.world], open_video)
         loss = teach(run, batch.prompts, [sample.thought for sample, _ in batch.prompts])
         batch.backward()
-        lr = c.sft_lr * optimizer.warmed_up(step, c.warmup)
-        lr = lr * optimizer.falling(step, c.align_steps)
-        norm = optimizer.update(run.model, stage.optimizer, lr, ranks)
+        lr = c.sft_lr * warmed_up(step, c.warmup) * falling(step, c.align_steps)
+        norm = update(run.model, stage.optimizer, lr, ranks)
         stage.log(step, f"loss {loss:.3f}", loss=loss, grad_norm=norm,
                   skipped=stage.count_skipped(norm), dropped=0,
                   train_s=time.perf_counter() - start_time)
@@ -331,13 +330,12 @@ class TowerBatch:
     def backward(self):
         """From the leaves on through the tower; call it once, after the prompts' own backward."""
         if self.outputs:
-            gradients = [prompt.vision.grad for _, prompt in self.prompts]
-            torch.autograd.backward(self.outputs, gradients)
+            torch.autograd.backward(self.outputs, [x.vision.grad for _, x in self.prompts])
 
 
 def encode_with_gradient(run, samples, open_video):
     """-> `TowerBatch` of this rank's samples: in one call, nothing shared, nothing kept"""
-    model, device = run.model, run.ranks.device
+    model, tower = run.model, run.model.model.visual
     videos, dropped = [], {}
     for sample in samples:
         try:
@@ -348,12 +346,10 @@ def encode_with_gradient(run, samples, open_video):
             dropped[sample.id] = str(e)
     if not videos:
         return TowerBatch([], dropped)
-    tower = model.model.visual
-    patches = torch.cat([patches for _, _, patches, _ in videos]).to(device, tower.dtype)
-    grids = torch.tensor([grid for *_, grid in videos], device=device)
-    vision = tower(patches, grid_thw=grids).pooler_output                      # [V of all, D]
+    patches = torch.cat([x for _, _, x, _ in videos]).to(run.ranks.device, tower.dtype)
+    grids = torch.tensor([grid for *_, grid in videos], device=patches.device)
     sizes = [math.prod(grid) // model.pixels.merge ** 2 for *_, grid in videos]
-    outputs = vision.split(sizes)                                              # a [V, D] each
+    outputs = tower(patches, grid_thw=grids).pooler_output.split(sizes)        # a [V, D] each
     prompts = []
     for (sample, seconds, _, grid), output in zip(videos, outputs):
         leaf = output.detach().requires_grad_()

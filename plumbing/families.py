@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 
+import torch
 from transformers.utils import cached_file
 
 from flow import Pixels
@@ -51,6 +52,20 @@ def stop_ids(model, tokenizer):
     stops = stops if isinstance(stops, list) else [stops]
     end_of_turn = tokenizer.eos_token_id
     return [end_of_turn, *(i for i in stops if i not in (None, end_of_turn))]
+
+
+def banned_ids(model, tokenizer):
+    """The ids that are never sampled, in sampler and trainer alike. -> bool [vocabulary]
+
+    Vision pads (one that is sampled as text breaks the next forward), every other control id that
+    neither ends the turn nor spells one of our tags, and the padded rows that no token owns.
+    """
+    banned = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+    banned[len(tokenizer):] = True
+    for i, token in tokenizer.added_tokens_decoder.items():
+        banned[i] = token.special and token.content not in TAGS
+    banned[stop_ids(model, tokenizer)] = False
+    return banned.to(model.device)
 
 
 def decode(tokenizer, ids, stops):

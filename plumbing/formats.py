@@ -99,3 +99,15 @@ def from_longvideo_reason(record, where):
         answer = tagged[1]
     return {"id": record["problem_id"], "question": record["problem"], "video": video,
             "answer": answer, "thought": record.get("reasoning")}
+
+
+def guess_domain(sample):
+    """"choice" if the answer is one letter and the question lists options, "count" if it is an
+    integer, else "open"."""
+    is_letter = re.fullmatch(r"[A-Za-z]", sample.answer)
+    lists_options = re.search(r"(^|[\s(])B[).:]\s*\S", sample.question)
+    if is_letter and lists_options:
+        return "choice"
+    if re.fullmatch(r"[+-]?\d+", sample.answer):
+        return "count"
+    return "open"

@@ -535,7 +535,7 @@ def test_a_glm_answer_ends_with_its_tag_and_is_graded(glm, monkeypatch, script, 
     model, tokenizer = glm
     words = iter(tokenizer(script, add_special_tokens=False).input_ids)
     prompt = ask(model, tokenizer, "Where?", film(2))[0]
-    pending = len(tokenizer(rollout.FORCED, add_special_tokens=False).input_ids)
+    pending = len(tokenizer(rollout.FORCED_TEXT, add_special_tokens=False).input_ids)
     steps = 0
 
     def scripted(model, hidden, banned):

@@ -423,7 +423,7 @@ def ids_of(tokenizer, tokens):
     return ids
 
 
-def forced_ids(tokenizer, text=rollout.FORCED):
+def forced_ids(tokenizer, text=rollout.FORCED_TEXT):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -577,7 +577,7 @@ def test_without_force_a_thinker_out_of_time_ends_unanswered(tiny, prompts, monk
     for a, b in zip(others, play(monkeypatch, tiny, prompts, [WORDS] + rows, 1, 4)[1:]):
         assert a.truncated and b.forced                    # one token is too short for both
     unforced = play(monkeypatch, tiny, prompts, rows, 7, 4, forced=None)
-    forced = play(monkeypatch, tiny, prompts, rows, 7, 4, forced=rollout.FORCED)
+    forced = play(monkeypatch, tiny, prompts, rows, 7, 4, forced=rollout.FORCED_TEXT)
     for a, b in zip(unforced, forced):
         assert torch.equal(a.tokens, b.tokens)
         assert (a.forced, a.truncated, a.text) == (b.forced, b.truncated, b.text)
@@ -600,9 +600,9 @@ def test_no_time_at_all_is_an_empty_thought_written_whole(tiny, prompts, monkeyp
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_a_thought_that_would_end_too_early_goes_on(tiny, prompts, monkeypatch, cut):
-    """Where the tag begins WAIT is written, not sampled, and it counts as thinking; from
+    """Where the tag begins WAIT_TEXT is written, not sampled, and it counts as thinking; from
     think_least tokens on the thought may end."""
-    wait = forced_ids(tiny[1], rollout.WAIT)
+    wait = forced_ids(tiny[1], rollout.WAIT_TEXT)
     at = next(i for i in range(len(cut))                   # the first token that shows the tag
               if "</" in "".join(cut[:i + 1]).replace("Ġ", " "))
     after, close = 2 + at + len(wait), ["</", "think", ">", "red", "<|im_end|>"]
@@ -615,7 +615,7 @@ def test_a_thought_that_would_end_too_early_goes_on(tiny, prompts, monkeypatch, 
     assert x.tokens.tolist() == expected and not x.forced and not x.truncated
     assert x.sampled.tolist() == [True] * (2 + at) + [False] * len(wait) + [True] * 6
     assert bool((x.logprobs[~x.sampled] == 0).all()) and x.text.count("</think>") == 1
-    assert natural.text.startswith("so" + rollout.WAIT) and natural.text.count("</think>") <= 1
+    assert natural.text.startswith("so" + rollout.WAIT_TEXT) and natural.text.count("</think>") <= 1
 
 
 def test_thinking_made_longer_ends_with_its_budget(tiny, prompts, monkeypatch):
@@ -670,10 +670,10 @@ PIECES = ["a", "</", "think", ">", "stop"]
 
 def write(text, think_budget, answer_budget, think_least=0, force=True):
     """-> (the `Writing`, what it wrote). text: the pieces that the model picks, step by step;
-    "F" is the forced text, "w" is WAIT."""
+    "F" is the forced text, "w" is WAIT_TEXT."""
     pieces = PIECES + ["F", "w"]
-    rules = rollout.Rules(think_budget, answer_budget, think_least, stops={4}, wait=[6, 6],
-                          forced=[5] if force else [], force=force)
+    rules = rollout.Rules(think_budget, answer_budget, think_least, stop_ids={4}, wait_ids=[6, 6],
+                          forced_ids=[5] if force else [], forces_answer=force)
     writing = rollout.Writing(rules, think_budget)
     written = [writing.write(pieces.index(piece), piece) for piece in text.split()]
     assert writing.tokens == written[:len(writing.tokens)]
