@@ -31,6 +31,7 @@ from flow import Sample, VideoError
 from plumbing.command_line import parse
 from plumbing.frames import make_video, pick
 from plumbing.optimizer import falling, update, warmed_up
+from plumbing.ranks import run_command
 
 CATEGORIES = ["temporal", "goal", "spatial", "plot"]   # LongVideo-Reason's four: the data "toy"
 EXTRA_PARTS = ["reading", "grounding", "long"]         # loaded only by name: "toy:reading,long"
@@ -395,7 +396,4 @@ def draw_sheet(path, names=(41, 49, 48, 27, "reading-859", "grounding-32")):
 
 
 if __name__ == "__main__":
-    try:
-        draw_sheet(parse(Options, __doc__, sys.argv[1:]).out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"toy.py: {error}")
+    run_command("toy.py", lambda: draw_sheet(parse(Options, __doc__, sys.argv[1:]).out))
