@@ -260,8 +260,8 @@ class Ahead:
         return reading
 
     def open(self, path, name):
-        """As open_video(path, frames), which the thread may have called already. Its frames are used
-        only if their content is `name`."""
+        """As open_video(path, frames), which the thread may have called already. What it read is
+        used only if its content is `name`."""
         if path not in self.readings:
             return self.open_video(path, self.frames)
         reading = self.readings.pop(path).result()         # waits for the thread
