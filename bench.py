@@ -15,7 +15,7 @@ to the optimizer's update.
 
 With a cold cache the video is encoded in every timed step; with a warm one its vision tokens are
 there already. naive and reuse run at the smallest --sp, each rank with its part of the completions;
-shared runs at every --sp (above 1: stage 1 alone), shared+sp at those above 1. All variants use the
+shared runs at every --sp (above 1: only stage 1), shared+sp at those above 1. All variants use the
 same attention, head and random numbers and end with the same gradient: they differ in what they
 compute twice. A row is one JSON line, at the end a table shows all; each is run in processes of its
 own, so that its peak memory is its own.

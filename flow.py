@@ -33,7 +33,7 @@ class Sample:
 class Video:
     """What is known about a video before any of its pixels is read."""
     path: str
-    frames: int      # T, how many frames read() can give: at most as many as were requested
+    frames: int      # T, how many frames read() can give: at most the number requested
     height: int      # pixels, as displayed (upright)
     width: int
     seconds: float   # between two neighbouring frames of the T
@@ -68,8 +68,8 @@ class Prompt:
 class Completion:
     """One answer to one prompt: L tokens, the end token included."""
     tokens: torch.Tensor     # [L] long
-    sampled: torch.Tensor    # [L] bool, False where forced: such a token carries no loss
-    logprobs: torch.Tensor   # [L] float32, under the sampler; 0 where forced
+    sampled: torch.Tensor    # [L] bool, False for forced tokens, which carry no loss
+    logprobs: torch.Tensor   # [L] float32, under the sampler; 0 for forced tokens
     text: str
     forced: bool             # the thinking budget ran out, and the answer tag was forced
     truncated: bool          # ran out of answer tokens, or thinking tokens if no answer is forced

@@ -91,7 +91,7 @@ def make_story(name):
     overlooked = []
     if shape == "triangle":                        # the teacher's mistake
         overlooked = [i for i in matches if rng.random() < OVERLOOKED]
-    durations = [2] * length                       # a second each
+    durations = [2] * length                       # one second each
     if kind == "long":                             # most events are short, a few are very long
         weights = [rng.random() ** 4 for _ in events]
         extra = rng.choices(range(length), weights, k=LONG_FRAMES // 2 - length)

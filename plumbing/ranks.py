@@ -131,7 +131,7 @@ def part(store, rank, world):
 
 def leave():
     """Destroy the process groups; vLLM destroys its own first, or it complains at exit."""
-    gc.collect()                       # FSDP's modules are cycles that hold a group: exit aborts
+    gc.collect()                       # FSDP's cycles hold a group: exit would abort
     if "vllm" in sys.modules:
         sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
     elif dist.is_initialized():
@@ -278,7 +278,7 @@ def together(work, ranks):
 
 
 def on_first(work, ranks):
-    """Run work() only on sp rank 0. All sp ranks return its result, or raise its error."""
+    """Run work() only on sp rank 0. All ranks of the group return its result or raise its error."""
     box = [together(lambda: work() if ranks.sp_rank == 0 else None, ranks)]
     if ranks.sp > 1:
         dist.broadcast_object_list(box, group_src=0, group=ranks.group)
@@ -304,7 +304,7 @@ def explain(error):
 
 
 def run_command(name, main):
-    """Run main() as the command `name`: bad input and machine errors end it with one line."""
+    """Run main() as the command `name`. Bad input and machine errors end it with one line."""
     try:
         main()
     except (ValueError, OSError, RuntimeError, MemoryError) as e:
@@ -314,8 +314,8 @@ def run_command(name, main):
             line, another_rank = explanation
         else:
             raise
-        # torchrun ends all ranks when one of them ends. So a rank that knows the cause ends first;
-        # if several do, only the first of each machine prints it.
+        # torchrun ends all ranks when the first one ends. So a rank that knows the cause ends
+        # first; if several do, only the first of each machine prints it.
         time.sleep(5 * ((os.environ.get("LOCAL_RANK", "0") != "0") + another_rank))
         print(file=sys.stderr)                             # below the progress bar
         if dist.is_initialized():

@@ -26,7 +26,7 @@ class Progress:
         self.out_dir = config.out_dir
         self.checkpoint = resume.find(config.out_dir, ranks)       # a directory, or None
         self.done = {"align": 0, "sft": 0, "rl": 0}        # steps of each stage
-        self.step, self.previous = 0, 0                # of the newest checkpoint, the one before
+        self.step, self.previous = 0, 0                    # of the newest checkpoint, one before
         self.config = asdict(config)
         self.saved = {}                                    # the saved stage's optimizer, curriculum
         lines = 0

@@ -143,8 +143,8 @@ class Disk:
             yield
 
     def read(self, key):
-        """-> (vision on the CPU, (t,h,w), seconds), bit for bit as written; None where there is no
-        whole entry."""
+        """-> (vision on the CPU, (t,h,w), seconds), bit for bit as written; None if there is no
+        complete entry."""
         try:
             with safe_open(self.path(key), "pt") as f:
                 about = f.metadata()
@@ -160,7 +160,8 @@ class Disk:
         return vision, tuple(grid), seconds
 
     def write(self, key, vision, grid, seconds):
-        """Under another name first: what has its own name is whole. The caller holds the lock."""
+        """Write an entry, under another name first, so that an entry is always complete. The
+        caller holds the lock."""
         path = self.path(key)
         vision = vision.cpu().contiguous()
         video = json.dumps([grid, seconds])
@@ -177,7 +178,7 @@ class Disk:
             self.say(f"{path}: not written ({e.strerror}); the run goes on without this entry")
 
     def seal(self, key, video, vision):
-        """What an entry must hash to: its tokens, and all that says what they are."""
+        """The hash of an entry: of its tokens and of all that describes them."""
         return sha256(f"{key} {video} {vision.dtype} {tuple(vision.shape)}", vision)
 
 
@@ -187,21 +188,21 @@ class Disk:
 @dataclass
 class Reading:
     """What the thread has read of one video."""
-    name: str = None       # of the content that was read; None: it was not to be read
+    name: str = None       # of the content that was read; None: it need not be read
     video: Video = None
     pieces: dict = field(default_factory=dict)     # {(lo, hi): uint8 [hi-lo, H, W, 3]}
 
 
 class Ahead:
-    """Videos read in one background thread before their turn. Their frames and errors are those of
+    """Reads videos in a background thread before they are needed. Frames and errors are those of
     `open_video`.
 
-    At most `most` bytes of frames wait; what does not fit is read when its turn comes. Each rank
-    has its own.
+    At most `most` bytes of frames are kept; what does not fit is read when it is needed. Each rank
+    has its own thread.
     """
 
     def __init__(self, open_video, frames, most=512 << 20):
-        """open_video(path, frames) -> `Video`; frames: of each. No thread runs before `start`."""
+        """open_video(path, frames) -> `Video`; frames: per video. No thread runs before `start`."""
         self.open_video = open_video
         self.frames = frames
         self.most = most
@@ -211,8 +212,8 @@ class Ahead:
         self.stopped = False
 
     def start(self, paths, name, pieces):
-        """Forget what waits and begin to read these, in order. The thread calls both functions:
-        name(path) -> a name of the content, None where it need not be read;
+        """Forget earlier videos and begin to read these, in order. The thread calls both functions:
+        name(path) -> a name of the content, None if it need not be read;
         pieces(video) -> [(lo, hi)], the frames that will be asked for together.
         """
         self.stop()
@@ -221,10 +222,10 @@ class Ahead:
         todo = dict(self.readings)
         self.thread = threading.Thread(target=self.work, args=(todo, name, pieces), daemon=True)
         self.thread.start()
-        atexit.register(self.stop)         # the interpreter must not go down around FFmpeg's thread
+        atexit.register(self.stop)         # the interpreter must not exit while FFmpeg reads
 
     def stop(self):
-        """Forget what waits, and end the thread. This takes as long as the piece that it reads."""
+        """Forget all videos, and end the thread, after the piece that it is reading."""
         self.stopped = True
         self.readings = {}
         if self.thread:
@@ -233,16 +234,16 @@ class Ahead:
             atexit.unregister(self.stop)
 
     def work(self, todo, name, pieces):
-        """The thread: fulfil the promise of each video in todo."""
+        """The thread: set the result of each video's future in todo."""
         self.room = self.most
         for path, promise in todo.items():
             try:
                 promise.set_result(self.read(path, name, pieces))
-            except Exception as e:         # whatever it is: `open` raises it at the video's turn
+            except Exception as e:         # any error: `open` raises it when needed
                 promise.set_exception(e)
 
     def read(self, path, name, pieces):
-        """-> `Reading` of one video, with as many of its pieces as there is room for."""
+        """-> `Reading` of one video, with those of its pieces that there is room for."""
         reading = Reading()
         if self.stopped:
             return reading
@@ -259,8 +260,8 @@ class Ahead:
         return reading
 
     def open(self, path, name):
-        """As open_video(path, frames), which the thread may have done. What the thread read is used
-        only if it was of the content `name`."""
+        """As open_video(path, frames), which the thread may have called already. What it read is
+        used only if its content is `name`."""
         if path not in self.readings:
             return self.open_video(path, self.frames)
         reading = self.readings.pop(path).result()         # waits for the thread

@@ -1,9 +1,9 @@
 """
-Any video file, or folder of pictures, as uint8 frames.
+Reads any video file, or folder of pictures, as uint8 frames.
 
-What pillow knows is a picture (or an animated webp or png, which FFmpeg cannot decode): see
-pictures.py. Everything else goes to FFmpeg through PyAV, here. To open a film its packets are read
-once, without decoding: they tell when each frame is shown. Frames are decoded when asked for.
+A file that pillow recognises is a picture (or an animated webp or png, which FFmpeg cannot decode):
+see pictures.py. Everything else is read here with FFmpeg through PyAV. To open a film, its packets
+are read once, without decoding: they give the time of each frame. Frames are decoded on demand.
 """
 import os
 from contextlib import contextmanager
@@ -17,15 +17,15 @@ from flow import VideoError
 from plumbing.frames import make_video, pick
 from plumbing.pictures import is_picture, open_folder, open_picture
 
-# Without this list FFmpeg also draws text files as video, and lets a playlist open other files.
+# Without this list FFmpeg also renders text files as video, and lets playlists open other files.
 FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,ogg,asf,mp3,wav"
 
 
 def open_file(path, frames):
     """-> `Video`. path: a film, a folder of pictures or a picture; frames: how many at most, evenly
-    spaced in time. Pixels are read when asked for.
+    spaced in time. Pixels are read on demand.
 
-    Raises VideoError, which names the file and the cause; ValueError for frames below 1.
+    Raises VideoError, which names the file and the cause, or ValueError if frames < 1.
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, not {frames}")
@@ -47,8 +47,7 @@ def read_video(path, frames):
 
 @contextmanager
 def opened(path):
-    """-> (container, its video stream). An FFmpeg error inside the `with` leaves it as a
-    VideoError."""
+    """-> (container, its video stream). An FFmpeg error inside the `with` becomes a VideoError."""
     try:
         with av.open(path, options={"format_whitelist": FORMATS}) as container:
             streams = [stream for stream in container.streams.video if not is_cover(stream)]
@@ -62,20 +61,20 @@ def opened(path):
 
 
 def is_cover(stream):
-    """Whether it is the picture that comes with a song."""
+    """Whether the stream is the cover picture of a song."""
     return stream.disposition & av.stream.Disposition.attached_pic
 
 
 # --------------------------------------------------------------------------------------------------
-# opening: what a film's packets tell
+# opening: what a film's packets say
 
 @dataclass
 class Packet:
     """One coded frame."""
-    pts: int           # the tick at which it is shown; None where the container does not tell
+    pts: int           # the tick at which it is shown; None if the container has none
     duration: int      # ticks
-    key: bool          # decoding can begin here
-    shown: bool        # False: only decoded for others to refer to
+    key: bool          # decoding can start here
+    shown: bool        # False: only decoded as a reference for others
 
 
 @dataclass
@@ -84,14 +83,14 @@ class FilmIndex:
     times: list            # [n] ticks, when each frame appears
     end: int               # the tick at which the last one disappears
     tick: Fraction         # seconds
-    frame_ids: np.ndarray  # [n] what tells one decoded frame from another, ascending: its pts ...
-    numbered: bool         # ... or its number among the shown, where pts cannot be trusted
-    keyframes: np.ndarray  # ids of the frames at which decoding can begin, ascending
+    frame_ids: np.ndarray  # [n] identify the decoded frames, ascending: their pts ...
+    numbered: bool         # ... or their number among those shown, if pts are unreliable
+    keyframes: np.ndarray  # ids of the frames at which decoding can start, ascending
 
 
 def open_film(path, frames):
-    """-> `Video` of a film. Its header does not do for this: it may lack the number of frames (mkv)
-    or the duration (live webm), and never has each frame's time, which a variable rate needs."""
+    """-> `Video` of a film. The header is not enough: it may lack the number of frames (mkv) or the
+    duration (live webm), and never has the time of each frame, which a variable rate requires."""
     with opened(path) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
@@ -109,12 +108,12 @@ def open_film(path, frames):
 
 
 def index_film(path):
-    """-> `FilmIndex`. Raises VideoError where packets are missing or damaged."""
+    """-> `FilmIndex`. Raises VideoError if packets are missing or damaged."""
     with opened(path) as (container, stream):
         packets = read_packets(path, container, stream)
         tick = stream.time_base
         rate = stream.average_rate or stream.guessed_rate or 25
-        numbered = container.format.name == "avi"          # it stores no pts, FFmpeg guesses them
+        numbered = container.format.name == "avi"          # has no pts: FFmpeg guesses them
     first_key = next((i for i, packet in enumerate(packets) if packet.key), None)
     if first_key is not None:          # packets before it refer to frames that are not in the file
         packets = packets[first_key:]
@@ -124,7 +123,7 @@ def index_film(path):
         tick = 1 / rate
         shown = [Packet(i, 1, packet.key, True) for i, packet in enumerate(shown)]
     elif first_key is not None and not numbered:
-        # B-frames that lead an open group of pictures also refer to frames before the file.
+        # Leading B-frames of an open group of pictures also refer to frames before the file.
         shown = [packet for packet in shown if packet.pts >= packets[0].pts]
     if not shown:
         raise VideoError(f"{path}: no frame in this file")
@@ -150,7 +149,7 @@ def have_distinct_pts(packets):
 
 def read_packets(path, container, stream):
     """All packets in the order of the file. Raises VideoError if some are missing: FFmpeg itself
-    reads a cut file to where it ends, and past a hole, and says so in its log at most."""
+    reads a truncated file to its end, skips holes, and at most logs it."""
     packets = []
     corrupt = False
     last_dts = -2**63
@@ -159,7 +158,7 @@ def read_packets(path, container, stream):
         for packet in container.demux(stream):
             if packet.dts is not None:
                 last_dts = packet.dts
-            if not packet.size:                            # the end, or "as before"
+            if not packet.size:                            # the end, or a repeated frame
                 continue
             data = bytes(packet)
             hidden_vp8 = stream.codec_context.name == "vp8" and not data[0] & 16
@@ -187,11 +186,11 @@ def read_packets(path, container, stream):
 
 @contextmanager
 def ffmpeg_log():
-    """-> list, to which FFmpeg's errors inside the `with` are added as (level, source, text)"""
+    """-> list that collects FFmpeg's errors inside the `with` as (level, source, text)"""
     level = av.logging.get_level()
     skip_repeated = av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)                 # Capture sees nothing below the level,
-    av.logging.set_skip_repeated(False)                    # nor equal damage in a second file
+    av.logging.set_skip_repeated(False)                    # nor repeated errors
     try:
         with av.logging.Capture() as log:
             yield log
@@ -204,10 +203,10 @@ def ffmpeg_log():
 # reading: decoding some of its frames
 
 def read_film(path, index, chosen, out):
-    """Fill out, uint8 [n, H, W, 3], with the frames of the ids chosen, which ascend.
+    """Fill out, uint8 [n, H, W, 3], with the frames of the ids chosen, which are ascending.
 
-    Decoding begins at the last keyframe before them. That seek is only a shortcut: where it fails,
-    or a frame is missing after it, decoding begins at the start of the file.
+    Decoding starts at the last keyframe before them. That seek is only a shortcut: if it fails, or
+    a frame is missing after it, decoding starts at the beginning of the file.
     """
     start = index.keyframes[index.keyframes <= chosen[0]][-1]
     if start > index.keyframes[0]:
@@ -221,17 +220,17 @@ def read_film(path, index, chosen, out):
 
 def decode(path, index, start, chosen, out):
     """Decode from the keyframe `start` on, into out. -> how many of the chosen frames were found;
-    fewer than all mean that one is missing there."""
+    if fewer than all, one is missing."""
     seek = start > index.keyframes[0]
     found = 0
     with opened(path) as (container, stream):
         if seek:
-            # The first frame may carry what all others need: x264 writes its version there alone.
-            # FFmpeg decodes old 4:4:4 files to garbage where it has not read it.
+            # Decode the first frame before seeking: x264 writes its version only there, and without
+            # it FFmpeg decodes old 4:4:4 files to garbage.
             next(container.decode(stream))
             try:
                 container.seek(int(start), stream=stream)
-            except av.error.FFmpegError:                   # no index in this format
+            except av.error.FFmpegError:                   # this format has no index
                 return 0
         for number, frame in enumerate(container.decode(stream)):
             frame_id = number if index.numbered else frame.pts
@@ -248,7 +247,7 @@ def decode(path, index, start, chosen, out):
             if rgb.shape != out.shape[1:]:
                 raise VideoError(f"{path}: the frame size changes from {out.shape[1:3]} "
                                  f"to {rgb.shape[:2]}")
-            while found < len(chosen) and chosen[found] == frame_id:   # it may be chosen twice
+            while found < len(chosen) and chosen[found] == frame_id:   # may be chosen twice
                 out[found] = rgb
                 found += 1
             if found == len(chosen):
@@ -257,7 +256,7 @@ def decode(path, index, start, chosen, out):
 
 
 def to_upright(frame):
-    """-> uint8 [H, W, 3], turned as the file says; what is transparent (gif, some mov) on black"""
+    """-> uint8 [H, W, 3], rotated as the file says; transparency (gif, some mov) becomes black"""
     if any(component.is_alpha for component in frame.format.components):
         rgba = frame.to_ndarray(format="rgba", threads=1).astype(np.uint16)
         rgb = ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)

@@ -1,10 +1,10 @@
 """
-The other sampler: vLLM, in this process, fed with the vision tokens that were encoded already.
+The other sampler: vLLM, in this process, given the vision tokens that are already encoded.
 
-Its own vision tower is not even loaded. vLLM batches by itself. A completion is one request for its
+Its own vision tower is not loaded. vLLM batches by itself. A completion is one request for its
 thought and one for its answer; the second finds the keys and values of the first in vLLM's prefix
-cache, as all completions find those of their prompt. The weights are a copy: `VLLM.load` brings
-them up to date.
+cache, as all completions find those of their prompt. The weights are a copy, updated by
+`VLLM.load`.
 """
 import os
 from dataclasses import dataclass, field
@@ -26,10 +26,10 @@ LEAST_BATCH = 8192        # tokens; a video with more vision tokens than vLLM's 
 
 def import_vllm():
     """The module vllm, in the version that this file is written for. Raises ValueError, with what
-    to install, where there is no vLLM or another version."""
+    to install, if vLLM is missing or has another version."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")     # run in this process
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")     # else it binds ours too
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")             # GiB, where there is no GPU
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")             # GiB, used without a GPU
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     needs = f"rollout = vllm needs vLLM {VERSION}"
     install = "pip install -r requirements-gpu.txt"
@@ -44,7 +44,7 @@ def import_vllm():
 
 @dataclass
 class Writing:
-    """A completion while vLLM writes it: a thought, forced text, an answer. Ids and log-probs."""
+    """A completion while vLLM writes it: thought, forced text, answer, as ids and log-probs."""
     prompt: Prompt
     key: tuple               # of its random numbers
     thought: list = field(default_factory=list)
@@ -52,7 +52,7 @@ class Writing:
     forced_ids: list = field(default_factory=list)
     answer: list = field(default_factory=list)
     answer_logprobs: list = field(default_factory=list)
-    forced: bool = False     # the thinking budget ran out, and an answer was begun for it
+    forced: bool = False     # the thinking budget ran out, and the answer tag was forced
     truncated: bool = False
     done: bool = False       # it ended with its thought
 
@@ -60,7 +60,7 @@ class Writing:
         return self.thought + self.forced_ids + self.answer
 
     def request(self, part):
-        """What is written next. -> (prompt, ids written so far, key of the random numbers)"""
+        """The request for the next part. -> (prompt, ids so far, key of the random numbers)"""
         return self.prompt, self.ids(), (*self.key, part)
 
     def sampled(self):
@@ -69,7 +69,7 @@ class Writing:
         return [True] * len(self.thought) + forced + [True] * len(self.answer)
 
     def logprobs(self):
-        """One for each id, 0 where it is forced."""
+        """One for each id, 0 if it is forced."""
         return self.thought_logprobs + [0.0] * len(self.forced_ids) + self.answer_logprobs
 
 
@@ -79,9 +79,9 @@ class VLLM:
     def __init__(self, name, model, tokenizer, ranks, length, banned, memory=0.5, share=False):
         """name: of the checkpoint that model was loaded from; length: the most tokens of a prompt
         and its completion; banned: bool [vocabulary], ids that are never sampled; memory: vLLM's
-        part of the GPU's; share: one engine over the sp ranks (tensor parallelism), else one on
+        share of the GPU's; share: one engine over the sp ranks (tensor parallelism), else one on
         each rank.
-        Raises ValueError where vLLM is not installed or does not start on this checkpoint."""
+        Raises ValueError if vLLM is not installed or does not start on this checkpoint."""
         vllm = import_vllm()
         self.SamplingParams = vllm.SamplingParams
         self.tokenizer = tokenizer
@@ -116,7 +116,7 @@ class VLLM:
             "max_num_batched_tokens": max(length, LEAST_BATCH),
             "logprobs_mode": "processed_logprobs",         # of what is sampled from: bans included
             "seed": 0,
-            "enable_mm_embeds": True,                      # videos come as embeddings alone
+            "enable_mm_embeds": True,                      # videos come only as embeddings
             "limit_mm_per_prompt": {"image": 0, "video": 0},
             "mm_processor_cache_gb": 0,
             "tensor_parallel_size": ranks.sp if self.shared else 1,
@@ -128,7 +128,7 @@ class VLLM:
             options["distributed_executor_backend"] = "external_launcher"        # torchrun
         if glm:
             # GLM-4.1V's attention always has biases. vLLM looks for a key that a config need not
-            # have, and drops the biases silently where it is missing.
+            # have, and drops the biases silently if it is missing.
             options["hf_overrides"] = {"text_config": {"attention_bias": True}}
         if not self.cuda:
             # On the CPU vLLM cannot split the prefill of a prompt with random numbers of its own,
@@ -162,7 +162,7 @@ class VLLM:
     def sample(self, prompts, keys, think_budget, answer_budget, forced, greedy=False, banned=None,
                think_least=0):
         """As `rollout.sample`, with vLLM's own random numbers: a generator for the thought and one
-        for the answer of each completion. Raises ValueError where think_least is given."""
+        for the answer of each completion. Raises ValueError if think_least is given."""
         if think_least:
             raise ValueError("think_least is the torch engine's alone")
         if banned is None:
@@ -181,7 +181,7 @@ class VLLM:
         for writing in writings:
             if self.ends_with_stop(writing.thought):
                 writing.done = True
-            elif not self.closes_thought(writing.thought):           # its time is up
+            elif not self.closes_thought(writing.thought):           # out of thinking tokens
                 if forced is None:
                     writing.done = writing.truncated = True
                 else:
@@ -214,7 +214,7 @@ class VLLM:
         """Up to `most` tokens for each request.
 
         requests: (prompt, ids written so far, key of the random numbers) each; banned: bool
-        [vocabulary]; stop: texts that end it too. -> (ids, log-probs), two lists, for each
+        [vocabulary]; stop: texts that also end it. -> (ids, log-probs), two lists, for each
         """
         if not requests:
             return []
@@ -245,7 +245,7 @@ class VLLM:
         first_pads = pads & ~pads.roll(1)                  # one of each run: vLLM makes the others
         ids = prompt.ids[~pads | first_pads].tolist()
         name = prompt.key or sha256("", prompt.vision)
-        embeddings = {                                     # the seconds are read for videos alone
+        embeddings = {                                     # seconds are read only for videos
             f"{self.modality}_embeds": prompt.vision,
             f"{self.modality}_grid_thw": torch.tensor(prompt.grids),
             "second_per_grid_ts": torch.tensor([prompt.seconds], dtype=torch.float64),
@@ -257,7 +257,7 @@ class VLLM:
 
 
 def refuse_missing_weights(inner):
-    """vLLM only warns where a weight of its model is not given; after this it raises."""
+    """vLLM only warns if a weight of its model is missing; after this it raises."""
     load_weights = inner.load_weights
     names = {name for name, _ in inner.named_parameters()}
 
