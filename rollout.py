@@ -59,9 +59,9 @@ class Rules:
     think_budget: int     # tokens
     answer_budget: int    # tokens, from the end of the thought
     think_least: int      # tokens; a thought that would end earlier goes on after WAIT_TEXT
-    stop_ids: set         # end a completion
-    wait_ids: list        # of WAIT_TEXT
-    forced_ids: list      # begin an answer when the thinking budget has run out
+    stop_ids: set         # those that end a completion
+    wait_ids: list        # WAIT_TEXT, tokenized
+    forced_ids: list      # the text that begins an answer when time is up, tokenized
     forces_answer: bool = True     # False: no answer is begun, the completion ends there
 
 

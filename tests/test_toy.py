@@ -11,15 +11,17 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import data
+import model as vlm
 import rewards
 import toy
-from flow import Sample, VideoError
+from flow import Ranks, Sample, VideoError
 
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
 PLACES = ("left", "right", "top", "bottom")
@@ -635,3 +637,23 @@ def test_help_and_a_wrong_option_draw_nothing(tmp_path):
     nowhere = command(tmp_path, "--out=missing/sheet.png")
     assert nowhere.returncode == 1 and nowhere.stderr.startswith("toy.py: ")
     assert "Traceback" not in nowhere.stderr and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_the_towers_backward_runs_when_it_is_called(readable):
+    """The loss alone stops at the vision tokens; `TowerBatch.backward` goes on to the weights. It
+    does nothing where every video was dropped."""
+    model, tokenizer = vlm.load("tiny")
+    run = SimpleNamespace(model=model, tokenizer=tokenizer, ranks=Ranks(),
+                          config=SimpleNamespace(frames=4))
+    samples = [toy.make_sample(seed) for seed in (1, 2)]
+    if not readable:
+        samples = [replace(sample, video="toy:x") for sample in samples]
+    batch = toy.encode_with_gradient(run, samples, toy.open_video)
+    assert len(batch.prompts) == 2 * readable and len(batch.dropped) == 2 * (not readable)
+    for _, prompt in batch.prompts:
+        prompt.vision.square().sum().backward()
+    weights = list(model.model.visual.parameters())
+    assert all(weight.grad is None for weight in weights)
+    batch.backward()
+    assert any(weight.grad is not None for weight in weights) == readable
