@@ -24,6 +24,8 @@ from curriculum import (
 )
 from rewards import score
 
+pytestmark = pytest.mark.method
+
 IDS = [f"clip-{i}" for i in range(6)]
 
 

@@ -14,6 +14,8 @@ import data
 import rewards
 import toy
 
+pytestmark = pytest.mark.method
+
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -23,6 +23,8 @@ from plumbing import tower_attention
 from plumbing.sharding import recompute_layers
 from plumbing.tiny import build_tiny
 
+pytestmark = pytest.mark.method
+
 ALONE = Ranks()
 WIDTH = 3 * 2 * 14 * 14         # values of one patch
 

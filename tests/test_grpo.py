@@ -12,6 +12,8 @@ import torch
 import grpo
 from grpo import advantages, policy_loss
 
+pytestmark = pytest.mark.method
+
 LOW, HIGH = 0.2, 0.28
 
 

@@ -22,6 +22,8 @@ from flow import Pixels, Prompt, PromptError, Ranks
 from plumbing.families import INSTRUCTION, tokenize_text
 from plumbing.tiny import build_tiny
 
+pytestmark = pytest.mark.method
+
 ALONE = Ranks()
 
 

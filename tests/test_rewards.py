@@ -22,6 +22,8 @@ from rewards import (
     well_formed,
 )
 
+pytestmark = pytest.mark.method
+
 GOOD = "<think>t</think><answer>7</answer>"
 
 

@@ -30,6 +30,8 @@ import toy
 from flow import Ranks
 from plumbing.ranks import start
 
+pytestmark = pytest.mark.method
+
 ROOT = Path(__file__).parent.parent
 ALONE = Ranks()
 
