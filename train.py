@@ -384,7 +384,8 @@ def main(c):
         curriculum = Curriculum(list(by_id), f"{c.seed} rl", grades, c.tiers)
         stage = Stage("rl", c.rl_steps, c.lr, curriculum, run, progress)
         gc.collect()                       # matplotlib's cycles hold the cold start's optimizer
-        if c.rollout == "vllm" and from_nothing and not any(progress.done.values()):
+        saved = progress.checkpoint or any(progress.done.values())
+        if c.rollout == "vllm" and from_nothing and not saved:
             progress.save(run, stage, 0)                   # vLLM starts from a directory
         run.engine = engine_of(c, newest(c.out_dir) or c.model, run.model, run.tokenizer, ranks)
         reinforce(run, stage, by_id, held_out)

@@ -228,6 +228,23 @@ def test_other_evaluation_does_not_change_what_is_trained_on(run, tmp_path):
         assert not {f"q{seed}" for seed in held_out} & set(state(out)["curriculum"]["recent"])
 
 
+def test_a_checkpoint_of_step_0_is_not_written_again(files, tmp_path, monkeypatch):
+    """vLLM starts from a directory: a model made from nothing that goes to RL at once is saved
+    first. Started again, the run removed that checkpoint, its only one, to write the same."""
+    def no_engine(*_):
+        raise ValueError("no engine")
+
+    monkeypatch.setattr(train, "import_vllm", lambda: None)
+    monkeypatch.setattr(train, "engine_of", no_engine)
+    inodes, out = [], tmp_path / "out"
+    for _ in range(2):
+        refused(dict(data=files.data, eval_data=files.eval_data, align_steps=0, sft_steps=0,
+                     rollout="vllm", out_dir=out), "no engine")
+        assert newest_name(out) == "ckpt-0"
+        inodes.append(os.stat(out / "ckpt-0").st_ino)
+    assert inodes[0] == inodes[1]
+
+
 # --------------------------------------------------------------------------------------------------
 # full disks, half-written and damaged checkpoints
 
