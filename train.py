@@ -370,7 +370,7 @@ def main(c):
         stage = Stage("align", c.align_steps, c.sft_lr, curriculum, run, progress)
         toy.align(run, stage, teach, toy.parse_parts(c.data))
     taught = [sample.id for sample in samples if sample.thought]
-    if not taught:
+    if progress.done["sft"] < c.sft_steps and not taught:
         say("sft: skipped, no sample has a thought to learn from")
     elif progress.done["sft"] < c.sft_steps:
         curriculum = Curriculum(taught, f"{c.seed} sft")

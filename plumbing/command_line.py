@@ -149,11 +149,12 @@ def check_sampling(c, ranks):
     """Raises ValueError if options that train.Config and evaluate.Config share cannot work."""
     check_choice(c, "rollout", ("torch", "vllm"))
     check_choice(c, "dtype", ("float32", "bfloat16"))
-    check_range(c, 1, math.inf, "frames", "max_tokens", "vllm_length",
-                             "prompts_per_step", "answer_budget")
-    check_range(c, 0, math.inf, "seed", "max_pixels", "think_budget", "eval_samples",
-                             "pass_k", "cache_gb")
+    check_range(c, 1, math.inf, "frames", "max_tokens", "vllm_length", "prompts_per_step",
+                "answer_budget")
+    check_range(c, 0, math.inf, "seed", "max_pixels", "think_budget", "eval_samples", "pass_k")
     check_range(c, 0, 1, "format_weight", "vllm_memory")
+    if not c.cache_gb >= 0:                # inf is no bound; nan is refused
+        raise ValueError(f"cache_gb = {c.cache_gb} must not be negative")
     if c.group_size < 2:
         raise ValueError(f"group_size = {c.group_size}: a group needs at least 2 completions to "
                          "compare")
@@ -176,7 +177,7 @@ def check_training(c, ranks):
     check_choice(c, "loss_average", ("sample", "token"))
     check_range(c, 1, math.inf, "sft_batch", "updates_per_rollout", "save_every")
     check_range(c, 0, math.inf, "align_steps", "sft_steps", "rl_steps", "warmup",
-                             "eval_every", "show_every", "lr", "sft_lr", "clip_high")
+                "eval_every", "show_every", "lr", "sft_lr", "clip_high")
     check_range(c, 0, 1, "clip_low")
     check_range(c, 1, math.inf, "oversample_cap")
     if c.prompts_per_step % ranks.dp:
