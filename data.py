@@ -84,7 +84,7 @@ def is_held_out(path, fraction):
 def load_questions(c, say):
     """What a run asks about. -> (samples to train on, held-out samples)
 
-    c: train.Config or evaluate.Config. Raises ValueError where a domain has no verifier. Samples
+    c: train.Config or evaluate.Config. Raises ValueError if a domain has no verifier. Samples
     whose gold answer its own verifier refuses are named: nobody can be right about them.
     """
     users_own = dict(spec.partition("=")[::2] for spec in c.verifiers.split(",") if spec)
@@ -114,7 +114,7 @@ def load_questions(c, say):
 
 def taught_text(sample, think=True):
     """What the cold start teaches: a thought and the answer that it comes to. The thought is empty
-    where think is False."""
+    if think is False."""
     thought = sample.thought if think else ""
     answer = sample.taught or sample.answer
     return f"<think>{thought}</think><answer>{answer}</answer>"

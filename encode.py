@@ -100,7 +100,7 @@ class Cache:
     """
 
     def __init__(self, most=4 << 30, folder="", say=print):
-        """say(line) is called on one rank of a group. Raises ValueError where the folder cannot be
+        """say(line) is called on one rank of a group. Raises ValueError if the folder cannot be
         made or written to."""
         self.kept = OrderedDict()          # {key: (vision, (t,h,w), seconds)}, last used last
         self.bytes = 0                     # of the vision tokens kept
@@ -171,7 +171,7 @@ class Cache:
 # stage 2: the sequence over the ranks
 
 def check_heads(heads, kv_heads, ranks):
-    """Raises ValueError where stage 2 cannot share out the attention heads: heads must be a
+    """Raises ValueError if stage 2 cannot share out the attention heads: heads must be a
     multiple of sp, and key-value heads a multiple or a divisor of it."""
     def fits(sp):
         return heads % sp == 0 and (kv_heads % sp == 0 or sp % kv_heads == 0)
@@ -187,7 +187,7 @@ class Ulysses:
     """The packed sequence sharded over the sp ranks (section 5.2), around the same attention.
 
     Each rank holds 1/sp of the prefix and 1/sp of the completions. They are split separately so
-    that every rank has an equal share of the head's work, which is in the completions alone. In
+    that every rank has an equal share of the head's work, which is only in the completions. In
     each layer an all-to-all trades sequence for heads: each rank attends over the whole sequence
     with its share of the heads. A second one trades back. Gradients take the same way.
     """

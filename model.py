@@ -106,7 +106,7 @@ def mrope_positions(ids, pad, grids, merge, interval):
 
     ids: long [P]; pad: the vision pad's id; grids: (t, h, w) in patches of each run of pads;
     merge: patches along a side of a vision token; interval: positions between two temporal patches,
-    tokens_per_second * seconds. -> long [3, P]. Raises ValueError where pads do not fill the grids.
+    tokens_per_second * seconds. -> long [3, P]. Raises ValueError if pads do not fill the grids.
 
     Text counts up on all three axes at once. Text after a video continues from 1 + the largest
     position so far on any axis, as Qwen2.5-VL was trained and as vLLM does. (transformers' own
@@ -149,7 +149,7 @@ def make_prompt(model, tokenizer, question, vision, grid, seconds, key=""):
     """One user turn of the model's chat template: the video, the question, INSTRUCTION.
 
     vision: [V,D], what encode_video returned for grid (t, h, w); seconds: between two frames;
-    key: the video's name in the cache. -> `Prompt`. Raises ValueError where the template has no
+    key: the video's name in the cache. -> `Prompt`. Raises ValueError if the template has no
     place for a video, or where vision does not fill the grid.
     """
     px = model.pixels
@@ -166,7 +166,7 @@ def make_prompt(model, tokenizer, question, vision, grid, seconds, key=""):
 
 
 def check_length(model, prompt, room, vllm_length=None):
-    """Raises PromptError where prompt and `room` more tokens do not fit the model, or vLLM's own
+    """Raises PromptError if prompt and `room` more tokens do not fit the model, or vLLM's own
     limit if there is one. Nothing is ever cut off."""
     limit = model.config.text_config.max_position_embeddings
     name = f"the model's {limit}"
@@ -249,7 +249,7 @@ def splice(model, ids, visions, columns=None):
     """Text embeddings, with the vision tokens in the places of the pads.
 
     ids: long [B,S]; visions: a [V,D] for each row; columns: long [s], the places that are wanted,
-    None for all. -> [B,s,D]. Raises ValueError where pads and vision tokens are not as many.
+    None for all. -> [B,s,D]. Raises ValueError if pads and vision tokens are not as many.
     """
     pads = ids == vision_pad(model.config)                             # [B, S]
     vision = torch.cat(list(visions)).to(ids.device)
@@ -348,7 +348,7 @@ def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=ALONE):
     banned: bool [vocabulary]; head_chunk: tokens that meet the head at once.
     ranks: their sp ranks share the sequence (MR-SP stage 2). All of them give the same arguments,
     each computes its share, and all get all the log-probs. A share's gradient stays with the rank
-    that computed it, so that the gradients summed over the ranks are those of one rank alone.
+    that computed it, so that the gradients summed over the ranks are those of a single rank.
     Returns (logprobs, entropy without gradient), float32 [N,L] each, N = all completions in order;
     0 beyond their end.
     """
@@ -402,9 +402,9 @@ def token_distribution(model, hidden, banned):
 def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
     """A model and its tokenizer. -> (model, tokenizer)
 
-    name: "tiny", a Hugging Face checkpoint directory or a hub name; max_pixels, where not 0: lowers
+    name: "tiny", a Hugging Face checkpoint directory or a hub name; max_pixels, if not 0: lowers
     the checkpoint's own bound on a frame; seed: of the tiny model's weights. The model gains
-    `model.pixels`. Raises ValueError where the checkpoint cannot be read.
+    `model.pixels`. Raises ValueError if the checkpoint cannot be read.
     """
     if name == "tiny":
         model, tokenizer, pixels = build_tiny(seed)

@@ -49,7 +49,7 @@ def budgets(c):
 
 
 def room(tokenizer, think_budget, answer_budget, forced=FORCED_TEXT, **_):
-    """The most tokens that a completion can have. forced: text, None where none is written"""
+    """The most tokens that a completion can have. forced: text, None if none is written"""
     return think_budget + len(tokenize(tokenizer, forced or "")) + answer_budget
 
 
@@ -211,7 +211,7 @@ def prefill(model, prompts, G, room, ranks):
 
 def pick_tokens(logp, numbers):
     """A token for each row of logp [N*G,vocabulary]: by the inverse of the distribution function,
-    at numbers [N*G] in [0, 1); the most likely one where numbers is None. -> long [N*G]"""
+    at numbers [N*G] in [0, 1); the most likely one if numbers is None. -> long [N*G]"""
     if numbers is None:
         return logp.argmax(1)
     cdf = logp.double().exp().cumsum(1)
@@ -279,7 +279,7 @@ def start_engine(name, model, tokenizer, ranks, length, memory=0.5, share=False)
 
 
 def engine_of(c, name, model, tokenizer, ranks):
-    """`start_engine` where a run's configuration asks for vLLM, else None."""
+    """`start_engine` if a run's configuration asks for vLLM, else None."""
     if c.rollout != "vllm":
         return None
     return start_engine(name, model, tokenizer, ranks, c.vllm_length, c.vllm_memory, c.vllm_share)

@@ -3,7 +3,7 @@ Teach a vision-language model to reason about long videos. One script, from one 
 
   laptop, two cores   torchrun --standalone --nproc_per_node=2 train.py
   your own videos     the same with --data=my.jsonl --out_dir=out-my; docs/data.md
-  GPU boxes           one command a model in docs/gpu.md
+  GPU boxes           one command per model in docs/gpu.md
 
 Two stages, as in the papers: cold start (it learns to write its thinking down, from a teacher),
 then RL (its own answers are verified, and what was right is reinforced). Before these, a randomly
@@ -277,7 +277,7 @@ def loss_divisor(slots, facts, c):
 def cold_start(run, stage, by_id, held_out, tower_trains):
     """Next-token loss on a teacher's thoughts and answers, so that RL has a format to begin with.
 
-    tower_trains: the vision tower of a model made from nothing trains too, up to the end of this.
+    tower_trains: the vision tower, randomly initialised, trains too, until this stage ends.
     """
     c, ranks, curriculum = run.config, run.ranks, stage.curriculum
     for step in stage:
@@ -362,7 +362,7 @@ def main(c):
         say(f"going on from {progress.checkpoint}: {done} done")
     run = load_run(c, ranks, say, cache, progress.checkpoint)
 
-    # Only the tower of a model made from nothing trains, and only until the cold start has ended.
+    # Only a randomly initialised tower trains, and only until the cold start has ended.
     from_nothing = c.model == "tiny"
     run.model.model.visual.requires_grad_(from_nothing)
     if from_nothing and progress.done["align"] < c.align_steps:

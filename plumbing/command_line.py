@@ -154,7 +154,7 @@ def check_sampling(c, ranks):
     check_range(c, 0, math.inf, "seed", "max_pixels", "think_budget", "eval_samples", "pass_k")
     check_range(c, 0, 1, "format_weight", "vllm_memory")
     if not c.cache_gb >= 0:                # inf is no bound; nan is refused
-        raise ValueError(f"cache_gb = {c.cache_gb} must not be negative")
+        raise ValueError(f"cache_gb = {c.cache_gb} must be a number of at least 0")
     if c.group_size < 2:
         raise ValueError(f"group_size = {c.group_size}: a group needs at least 2 completions to "
                          "compare")
