@@ -221,8 +221,10 @@ class Packed:
             same = owner[:, lo:hi, None] == owner[:, None, :hi]        # [B, q, hi]
             own = same & (place[lo:hi, None] >= place[:hi])
             sees = torch.cat([in_prefix[:, None].expand(B, hi - lo, self.P), own], dim=2)[:, None]
-            mask = torch.zeros(sees.shape, dtype=dtype, device=owner.device)
-            mask.masked_fill_(~sees, -math.inf)                        # [B, 1, q, P+hi]
+            # Rows of a multiple of 8 numbers: GPU kernels pad others in a copy for every head.
+            row = math.ceil((self.P + hi) / 8) * 8
+            mask = torch.zeros(B, 1, hi - lo, row, dtype=dtype, device=owner.device)
+            mask = mask[..., :self.P + hi].masked_fill_(~sees, -math.inf)      # [B, 1, q, P+hi]
             self.chunks.append((self.P + lo, self.P + hi, mask))
 
     def __call__(self, layer, q, k, v, scale):

@@ -123,8 +123,8 @@ def reinforce(run, stage, by_id, held_out):
     for step in stage:
         clock, meter = Clock(), Meter()
 
-        # 1. Draw. More questions than we train on: as many more as lately taught nothing (RLCS).
-        #    All ranks draw the same list; question i belongs to dp group i % dp.
+        # 1. Draw. More questions than we train on, since some groups will teach nothing: how many
+        #    more, the last steps tell (RLCS). Question i of all belongs to dp group i % dp.
         asked = curriculum.expanded(c.prompts_per_step, draw_multiple(c, ranks))
         drawn = [by_id[id] for id in curriculum.draw(asked)]
 

@@ -5,6 +5,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+# On Hopper torch would choose cuDNN's attention first, which makes a plan for every new shape. Here
+# each group of completions has new shapes.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # Its name in transformers, which passes segments only to an attention with "flash" in its name.
 FRAMES_ATTENTION = "frames_flash"
 
@@ -14,7 +18,7 @@ def frames_attention(module, query, key, value, attention_mask, scaling, cu_seq_
 
     query, key, value: [1,heads,S,d]; cu_seq_lens_q: int [segments+1], where the segments start.
     -> ([1,S,heads,d], None). Segments of one length share one call; transformers' own path makes
-    one call a segment, which is thousands for a long video.
+    one call per segment, which is thousands for a long video.
     """
     starts = cu_seq_lens_q[:-1].long()
     lengths = cu_seq_lens_q.diff().long()

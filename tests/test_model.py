@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from small import answers, frames, shaken_tiny, thinker
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -204,6 +205,40 @@ def test_packed_attention_by_definition(chunk):
                 p = (k[b, head // 2, sees] @ q[b, head, i] * 0.9).softmax(0)
                 right = p @ v[b, head // 2, sees]
                 assert torch.allclose(out[b, head, i], right, atol=1e-5), (b, i, head)
+
+
+@pytest.mark.parametrize("P", range(1, 10))
+def test_masks_have_rows_that_gpu_kernels_take_as_they_are(P):
+    """Rows of another number than a multiple of 8 were padded by the kernel, in a copy that it kept
+    for every key-value head: 1.6 GB on two layers of the 3B shape."""
+    owner = torch.tensor([[0, 0, 1, 2, 2], [0, 1, 1, -1, -1]])
+    packed = vlm.Packed(torch.tensor([P, 1]), owner, torch.float32, chunk=30)
+    assert len(packed.chunks) > 1
+    for lo, hi, mask in packed.chunks:
+        assert mask.shape == (2, 1, hi - lo, hi)
+        assert mask.stride(2) % 8 == 0 and mask.stride(3) == 1 and mask.storage_offset() == 0
+
+
+def test_the_calls_of_a_group_have_few_shapes(prompts, banned, tiny, monkeypatch):
+    """One for the prefix and one for each mask, in all layers and heads together: a kernel that
+    makes a plan per shape makes so many per group. cuDNN's, which does, is off."""
+    shapes, attentions = set(), []
+    real_attention, real_packed = F.scaled_dot_product_attention, vlm.Packed
+
+    def note(q, k, v, **how):
+        shapes.add((q.shape[2], k.shape[2]))
+        return real_attention(q, k, v, **how)
+
+    def chunked(*args):
+        attentions.append(real_packed(*args, chunk=400))
+        return attentions[-1]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    monkeypatch.setattr(vlm, "Packed", chunked)
+    vlm.logprobs(tiny[0], prompts[:1], [answers(banned, [5, 9, 3])], banned)
+    assert len(attentions[0].chunks) > 2
+    assert len(shapes) == 1 + len(attentions[0].chunks)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_where_tokens_stand_and_where_they_are_predicted():
