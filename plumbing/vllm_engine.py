@@ -91,6 +91,7 @@ class VLLM:
         self.shared = share and ranks.sp > 1
         self.cuda = ranks.device != "cpu"
         self.version = None                # how many updates the weights had that vLLM has
+        self.asleep = False
         glm = model.config.model_type == "glm4v"
         self.modality = "image" if glm else "video"        # GLM-4.1V writes a video as pictures
         options = self.options(model, ranks, length, memory, glm)
@@ -139,12 +140,13 @@ class VLLM:
 
     def load(self, model):
         """Give vLLM the model's weights as they are now, and drop keys and values of older ones."""
-        if self.cuda and self.version is not None:
+        if self.asleep:
             # torch keeps the memory that training freed, and vLLM takes its own from the driver.
             torch.cuda.empty_cache()
             self.llm.wake_up()
-        if updates(model) == self.version:
+        elif updates(model) == self.version:
             return
+        self.asleep = False
         # A head that is tied to the embeddings is given under its own name too: else vLLM has none.
         to_load = ((name, w) for name, w in weights(model, tied=True) if ".visual." not in name)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": to_load})
@@ -154,9 +156,11 @@ class VLLM:
         self.version = updates(model)
 
     def rest(self):
-        """Give the GPU's memory to the training that follows."""
+        """Give the GPU's memory to the training that follows. At level 2 vLLM forgets its weights:
+        level 1 would copy them to the host's memory, and `load` hands over new ones anyway."""
         if self.cuda:
-            self.llm.sleep()
+            self.llm.sleep(level=2)
+            self.asleep = True
 
     @torch.no_grad()
     def sample(self, prompts, keys, think_budget, answer_budget, forced, greedy=False, banned=None,

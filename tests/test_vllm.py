@@ -271,6 +271,23 @@ def test_every_fused_update_reaches_vllm_once(engine, ours, monkeypatch):
     model.model.visual.requires_grad_(True)
 
 
+def test_asleep_it_forgets_its_weights_and_gets_them_at_every_wake(engine, ours, monkeypatch):
+    """What only a GPU does, through its switch: level 2, which keeps no copy in the host's memory;
+    so weights that have not changed are handed over too."""
+    called, real = [], engine.llm.collective_rpc
+    monkeypatch.setattr(engine.llm, "sleep", lambda level: called.append(f"sleep {level}"))
+    monkeypatch.setattr(engine.llm, "wake_up", lambda: called.append("wake"))
+    monkeypatch.setattr(engine.llm, "collective_rpc",
+                        lambda name, **how: called.append(name) or real(name, **how))
+    engine.load(ours[0])
+    called.clear()
+    monkeypatch.setattr(engine, "cuda", True)
+    for _ in range(2):
+        engine.rest()
+        engine.load(ours[0])
+    assert called == ["sleep 2", "wake", "reload_weights"] * 2
+
+
 def test_more_banned_ids_than_vllm_takes_are_refused(engine, ours, prompts):
     many = torch.ones(MOST_BANNED + 1, dtype=torch.bool)
     with pytest.raises(ValueError, match="1025 ids are banned, and vLLM takes at most 1024"):
