@@ -118,8 +118,7 @@ def sleep(row):
         with clock("sleep"):
             engine.llm.sleep(level=level)
         freed, host = torch.cuda.mem_get_info()[0] / 1e9 - free, host - host_gb()
-        if level == 2:
-            engine.version = -1                            # its weights are gone: hand them over
+        engine.asleep = True
         with clock("wake"):
             engine.load(work.model)
         gap = sampler_gap(work, *sampled_group(work, engine, level))

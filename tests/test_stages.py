@@ -83,7 +83,7 @@ def test_bad_videos_are_dropped_named_counted_and_not_replaced(run, files):
 def test_the_moments_of_the_cold_start_are_gone_when_rl_begins(run, tmp_path, monkeypatch):
     """What a checkpoint was made of stayed alive until the next: of 3B weights 37 GB beside RL's
     own."""
-    real_update, real_encode, moments, left = toy.optimizer.update, train.encode_questions, [], []
+    real_update, real_encode, moments, left = toy.update, train.encode_questions, [], []
 
     def update(model, optimizer, *rest):
         norm = real_update(model, optimizer, *rest)
@@ -97,7 +97,7 @@ def test_the_moments_of_the_cold_start_are_gone_when_rl_begins(run, tmp_path, mo
         return real_encode(*arguments)
 
     monkeypatch.setattr(train, "update", update)
-    monkeypatch.setattr(toy.optimizer, "update", update)
+    monkeypatch.setattr(toy, "update", update)
     monkeypatch.setattr(train, "encode_questions", encode_questions)
     alone(**{**run.how, "out_dir": tmp_path / "out", "rl_steps": 1, "eval_every": 0,
              "sft_steps": 2})
