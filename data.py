@@ -214,7 +214,7 @@ def open_unchanged(run, path, key):
         video = open_video(path, run.config.frames)
 
     def read(lo, hi):
-        frames = video.read(lo, hi)
+        frames = video.read(lo, hi)        # of the video's size, or resized by a reading thread
         # The key was made before the frames were read. If the file was written to meanwhile, their
         # tokens would be stored as those of the old content, for this run and later ones.
         if video_key(run, path) != key:
@@ -230,7 +230,10 @@ def read_ahead(run, samples):
         key = video_key(run, path)
         return None if run.cache.has(key) else key
 
+    def resized(video):
+        return vlm.frame_size(video.height, video.width, run.model.pixels, video.frames)
+
     mine = samples[run.ranks.dp_rank::run.ranks.dp]
     paths = [sample.video for sample in mine if not sample.video.startswith("toy:")]
     run.ahead.start(paths, key_if_needed,
-                    lambda video: vlm.frames_to_read(run.model, video, run.ranks))
+                    lambda video: vlm.frames_to_read(run.model, video, run.ranks), resized)

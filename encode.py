@@ -124,9 +124,10 @@ class Cache:
             weights = tower.state_dict()
             shapes = [(name, str(w.dtype), w.shape) for name, w in weights.items()]
             about = json.dumps([config, shapes], sort_keys=True, default=str)
+            # First the hash: threads that read ahead use it once they find tower and version.
+            self.tower_hash = sha256(about, *weights.values())
             self.tower = tower
             self.tower_version = version
-            self.tower_hash = sha256(about, *weights.values())
         return sha256(json.dumps([*what, self.tower_hash, ENCODING_VERSION]))
 
     def has(self, key):

@@ -116,5 +116,5 @@ class Run:
     tokenizer: object
     banned: torch.Tensor       # bool [vocabulary], ids that are never sampled
     cache: object              # encode.Cache: vision tokens of encoded videos
-    ahead: object = None       # plumbing.store.Ahead: reads the next videos in a thread
+    ahead: object = None       # plumbing.store.Ahead: reads the next videos in threads
     engine: object = None      # plumbing.vllm_engine.VLLM; None: the torch engine in rollout.py

@@ -25,6 +25,7 @@ from plumbing import families
 from plumbing.checkpoints import cast_parameters, load_pretrained
 from plumbing.checkpoints import save_pretrained as save  # noqa: F401  its name for callers
 from plumbing.families import banned_ids, frame_size, stop_ids, vision_pad  # noqa: F401  same
+from plumbing.frames import resize
 from plumbing.sharding import one_forward
 from plumbing.tiny import build_tiny
 from plumbing.tower_attention import FRAMES_ATTENTION
@@ -42,10 +43,8 @@ def patchify(frames, px, size=None):
     where they are a whole video. An odd last frame is repeated to fill its temporal patch.
     Returns (float32 [t*h*w, 3*temporal*patch*patch], (t, h, w) in patches).
     """
-    x = torch.as_tensor(frames).permute(0, 3, 1, 2)                    # [T, 3, H, W]
-    size = size or frame_size(x.shape[2], x.shape[3], px, len(x))
-    if size != tuple(x.shape[2:]):
-        x = F.interpolate(x, size, mode="bicubic", antialias=True)     # [T, 3, H', W'], still uint8
+    size = size or frame_size(*frames.shape[1:3], px, len(frames))
+    x = resize(frames, size).permute(0, 3, 1, 2)                       # [T, 3, H', W'], still uint8
     mean = torch.tensor(px.mean).view(1, 3, 1, 1)
     std = torch.tensor(px.std).view(1, 3, 1, 1)
     x = (x.float() - mean * 255) / (std * 255)

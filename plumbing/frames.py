@@ -1,7 +1,9 @@
 """
-What every source of video shares: which frames are taken, and how they are returned.
+What every source of video shares: which frames are taken, how they are returned and resized.
 """
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from flow import Video
 
@@ -31,14 +33,44 @@ def make_video(path, chosen, size, seconds, single, read):
     chosen: [T], whatever `read` needs to find each frame; size: (height, width) in pixels;
     seconds: between two of the T frames.
     single: the source has only one frame. It has no neighbour: its seconds are 1.0 by convention.
-    read(chosen, out) fills out, uint8 [n, H, W, 3], with the n frames chosen.
+    read(chosen, out) fills out, uint8 [n, H, W, 3], with the n frames chosen. It may use out.shape
+    and assign to places of out.
+
+    The `Video`'s read(lo, hi, resized) gives frames of the size `resized`, (height, width), bit for
+    bit as `resize` would. Each is resized once it is decoded: one at a time is there in full size.
     """
-    def read_slice(lo, hi):
+    def read_slice(lo, hi, resized=None):
         assert 0 <= lo <= hi <= len(chosen), f"frames {lo}:{hi} of {len(chosen)}"
-        out = np.empty((hi - lo, *size, 3), dtype=np.uint8)    # only these frames are in memory
+        shape = (hi - lo, *size, 3)
+        out = Resized(shape, resized) if resized else np.empty(shape, dtype=np.uint8)
         if hi > lo:
-            read(chosen[lo:hi], out)
-        return out
+            read(chosen[lo:hi], out)           # only these frames are in memory
+        return out.frames if resized else out
 
     height, width = size
     return Video(path, len(chosen), height, width, 1.0 if single else float(seconds), read_slice)
+
+
+class Resized:
+    """Stands for an array of frames while they are assigned to it, and keeps them resized."""
+
+    def __init__(self, shape, size):
+        """shape: (n, H, W, 3), of what is assigned; size: (height, width) of what is kept"""
+        self.shape = shape
+        self.size = size
+        self.frames = np.empty((shape[0], *size, 3), dtype=np.uint8)   # [n, H', W', 3]
+
+    def __setitem__(self, places, frames):
+        frames = np.array(frames, order="C")   # torch takes neither reversed nor read-only arrays
+        self.frames[places] = resize(frames.reshape(-1, *self.shape[1:]), self.size).numpy()
+
+
+def resize(frames, size):
+    """Frames of another size: bicubic, antialiased, each frame for itself.
+
+    uint8 [T, H, W, 3], size: (height, width) -> uint8 tensor [T, H', W', 3]
+    """
+    x = torch.as_tensor(frames).permute(0, 3, 1, 2)                    # [T, 3, H, W]
+    if size != tuple(x.shape[2:]):
+        x = F.interpolate(x, size, mode="bicubic", antialias=True)     # [T, 3, H', W'], still uint8
+    return x.permute(0, 2, 3, 1)                                       # [T, H', W', 3]

@@ -86,9 +86,9 @@ def open_folder(path, frames):
 
 def read_files(chosen, out):
     """chosen: the file of each frame."""
-    for file, row in zip(chosen, out):
+    for place, file in enumerate(chosen):
         with opened(file) as image:
-            copy_pixels(image, row, file)
+            out[place] = upright_pixels(image, out.shape[1:], file)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,10 +127,10 @@ def display_times(image):
 def read_animation(path, chosen, out):
     """chosen: the number of each frame in the file."""
     with opened(path) as image:
-        for number, row in zip(chosen, out):
+        for place, number in enumerate(chosen):
             if number:
                 image.seek(int(number))
-            copy_pixels(image, row, path)
+            out[place] = upright_pixels(image, out.shape[1:], path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,8 +145,9 @@ def upright_size(image):
     return image.height, image.width
 
 
-def copy_pixels(image, row, path):
-    """The current frame of an image, upright and on black, into row: uint8 [H, W, 3]."""
+def upright_pixels(image, shape, path):
+    """-> uint8 [H, W, 3], the current frame of an image, upright and on black. Raises VideoError
+    if that is not its shape."""
     if image.mode[0] in "IF":
         raise VideoError(f"{path}: more than 8 bits per pixel ({image.mode}), "
                          "which pillow would clip to white")
@@ -155,7 +156,7 @@ def copy_pixels(image, row, path):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     rgb = np.asarray(image.convert("RGB"))                 # [H, W, 3]
-    if rgb.shape != row.shape:
+    if rgb.shape != shape:
         raise VideoError(f"{path}: decodes to {rgb.shape[:2]}, "
-                         f"not {row.shape[:2]} as its header says")
-    row[:] = rgb
+                         f"not {shape[:2]} as its header says")
+    return rgb

@@ -3,7 +3,7 @@ What saves work: videos identified by content, vision tokens kept on disk, video
 
     fingerprint    a hash of the content of a file or folder, regardless of its name
     Disk           vision tokens on disk, shared by ranks and runs
-    Ahead          reads the next videos in a thread while others are processed
+    Ahead          reads the next videos in threads while others are processed
 """
 import atexit
 import fcntl
@@ -185,20 +185,30 @@ class Disk:
 # --------------------------------------------------------------------------------------------------
 # reading ahead
 
+MOST_THREADS = 4
+
+
+def cores_of_a_rank():
+    """The cores that this process may use, shared with the other ranks of this machine."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))     # torchrun's
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
 @dataclass
 class Reading:
-    """What the thread has read of one video."""
+    """What a thread has read of one video."""
     name: str = None       # of the content that was read; None: it need not be read
     video: Video = None
-    pieces: dict = field(default_factory=dict)     # {(lo, hi): uint8 [hi-lo, H, W, 3]}
+    pieces: dict = field(default_factory=dict)     # {(lo, hi): uint8 [hi-lo, H', W', 3]}
 
 
 class Ahead:
-    """Reads videos in a background thread before they are needed. Frames and errors are those of
-    `open_video`.
+    """Reads videos in background threads before they are needed, a video in one thread. Frames and
+    errors are those of `open_video`.
 
-    At most `most` bytes of frames are kept; what does not fit is read when it is needed. Each rank
-    has its own thread.
+    Frames wait in the size in which the vision tower gets them, at most `most` bytes of them; what
+    does not fit is read when it is needed. Each rank has its own threads, each of which decodes on
+    one core.
     """
 
     def __init__(self, open_video, frames, most=512 << 20):
@@ -208,41 +218,51 @@ class Ahead:
         self.most = most
         self.room = most           # bytes of frames that may still be read
         self.readings = {}         # {path: Future of Reading}
-        self.thread = None
+        self.threads = []
+        self.lock = threading.Lock()       # of what the threads share: room, and the videos to do
         self.stopped = False
 
-    def start(self, paths, name, pieces):
-        """Forget earlier videos and begin to read these, in order. The thread calls both functions:
+    def start(self, paths, name, pieces, resized):
+        """Forget earlier videos and begin to read these, in order. The threads call the functions:
         name(path) -> a name of the content, None if it need not be read;
-        pieces(video) -> [(lo, hi)], the frames that will be asked for together.
+        pieces(video) -> [(lo, hi)], the frames that will be asked for together;
+        resized(video) -> (height, width), in which they wait.
         """
         self.stop()
         self.stopped = False
+        self.room = self.most
         self.readings = {path: Future() for path in paths}
-        todo = dict(self.readings)
-        self.thread = threading.Thread(target=self.work, args=(todo, name, pieces), daemon=True)
-        self.thread.start()
+        todo = iter(list(self.readings.items()))
+        for _ in range(min(MOST_THREADS, cores_of_a_rank(), len(self.readings))):
+            thread = threading.Thread(target=self.work, args=(todo, name, pieces, resized),
+                                      daemon=True)
+            thread.start()
+            self.threads.append(thread)
         atexit.register(self.stop)         # the interpreter must not exit while FFmpeg reads
 
     def stop(self):
-        """Forget all videos, and end the thread, after the piece that it is reading."""
+        """Forget all videos, and end the threads, after the piece that each is reading."""
         self.stopped = True
         self.readings = {}
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-            atexit.unregister(self.stop)
+        for thread in self.threads:
+            thread.join()
+        self.threads = []
+        atexit.unregister(self.stop)
 
-    def work(self, todo, name, pieces):
-        """The thread: set the result of each video's future in todo."""
-        self.room = self.most
-        for path, promise in todo.items():
+    def work(self, todo, name, pieces, resized):
+        """A thread: take the next video of todo, set the result of its future, until all are done.
+        An error is the result of its own video only."""
+        while True:
+            with self.lock:
+                path, promise = next(todo, (None, None))
+            if promise is None:
+                return
             try:
-                promise.set_result(self.read(path, name, pieces))
+                promise.set_result(self.read(path, name, pieces, resized))
             except Exception as e:         # any error: `open` raises it when needed
                 promise.set_exception(e)
 
-    def read(self, path, name, pieces):
+    def read(self, path, name, pieces, resized):
         """-> `Reading` of one video, with those of its pieces that there is room for."""
         reading = Reading()
         if self.stopped:
@@ -250,18 +270,29 @@ class Ahead:
         reading.name = name(path)
         if reading.name is None:
             return reading
-        reading.video = self.open_video(path, self.frames)
-        for lo, hi in pieces(reading.video):
-            size = (hi - lo) * reading.video.height * reading.video.width * 3
-            if self.stopped or size > self.room:
+        video = reading.video = self.open_video(path, self.frames)
+        height, width = resized(video)
+        for lo, hi in pieces(video):
+            if self.stopped or not self.take_room((hi - lo) * height * width * 3):
                 break
-            reading.pieces[lo, hi] = reading.video.read(lo, hi)
-            self.room -= size
+            reading.pieces[lo, hi] = video.read(lo, hi, (height, width))
         return reading
 
+    def take_room(self, size):
+        """-> whether there are that many bytes of room, which are now taken"""
+        with self.lock:
+            fits = size <= self.room
+            if fits:
+                self.room -= size
+        return fits
+
     def open(self, path, name):
-        """As open_video(path, frames), which the thread may have called already. What it read is
-        used only if its content is `name`."""
+        """As open_video(path, frames), which a thread may have called already. What it read is
+        used only if its content is `name`.
+
+        Frames that waited are of the size that `start` was told; others, and the `Video`'s height
+        and width, are of the video's own. `model.patchify` gives the same patches of both.
+        """
         if path not in self.readings:
             return self.open_video(path, self.frames)
         reading = self.readings.pop(path).result()         # waits for the thread

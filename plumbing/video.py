@@ -6,6 +6,7 @@ see pictures.py. Everything else is read here with FFmpeg through PyAV. To open 
 are read once, without decoding: they give the time of each frame. Frames are decoded on demand.
 """
 import os
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +20,7 @@ from plumbing.pictures import is_picture, open_folder, open_picture
 
 # Without this list FFmpeg also renders text files as video, and lets playlists open other files.
 FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,ogg,asf,mp3,wav"
+LOG_LOCK = threading.Lock()    # of FFmpeg's log level, which all threads share
 
 
 def open_file(path, frames):
@@ -186,17 +188,19 @@ def read_packets(path, container, stream):
 
 @contextmanager
 def ffmpeg_log():
-    """-> list that collects FFmpeg's errors inside the `with` as (level, source, text)"""
-    level = av.logging.get_level()
-    skip_repeated = av.logging.get_skip_repeated()
-    av.logging.set_level(av.logging.ERROR)                 # Capture sees nothing below the level,
-    av.logging.set_skip_repeated(False)                    # nor repeated errors
-    try:
-        with av.logging.Capture() as log:
-            yield log
-    finally:
-        av.logging.set_level(level)
-        av.logging.set_skip_repeated(skip_repeated)
+    """-> list that collects this thread's errors of FFmpeg inside the `with`, as (level, source,
+    text). One thread at a time: another would reset the level, and errors would be missed."""
+    with LOG_LOCK:
+        level = av.logging.get_level()
+        skip_repeated = av.logging.get_skip_repeated()
+        av.logging.set_level(av.logging.ERROR)             # Capture sees nothing below the level,
+        av.logging.set_skip_repeated(False)                # nor repeated errors
+        try:
+            with av.logging.Capture() as log:
+                yield log
+        finally:
+            av.logging.set_level(level)
+            av.logging.set_skip_repeated(skip_repeated)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,21 +18,24 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import replace
 from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import encode
 import model as vlm
 import train
 from curriculum import Curriculum
-from flow import Run
+from flow import Run, Sample
 from plumbing import command_line
 from plumbing.ranks import together
+from plumbing.store import Ahead
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ALONE = encode.Ranks()
@@ -387,6 +390,95 @@ def test_a_peek_is_the_next_draw_and_draws_nothing():
     for id in a.ids:
         a.drop(id, "?")
     assert a.peek(3) == []
+
+
+def test_a_key_asked_for_while_the_tower_is_hashed_is_the_same(tiny, monkeypatch):
+    """The bug: a second thread found the tower noted as hashed, but no hash yet."""
+    tower = vlm.load(tiny)[0].model.visual
+    right = encode.Cache().key(tower, "a")
+    cache = encode.Cache()
+    meanwhile = []
+    real = encode.sha256
+
+    def sha256(text, *weights):
+        if weights and not meanwhile:
+            meanwhile.append(None)
+            meanwhile[0] = cache.key(tower, "a")
+        return real(text, *weights)
+
+    monkeypatch.setattr(encode, "sha256", sha256)
+    assert cache.key(tower, "a") == right and meanwhile == [right]
+
+
+@pytest.mark.parametrize("frames", [1, 7, 10])
+def test_the_tower_gets_the_same_patches_of_what_was_read_ahead(tmp_path, tiny, frames):
+    """Bit for bit, with bounds of one frame and of a whole video (GLM-4.1V: there the size of what
+    was resized is not always the size that it would be resized to)."""
+    model = vlm.load(tiny)[0]
+    shapes = [(70, 56), (140, 224), (50, 260), (28, 28), (56, 30)]
+    paths = []
+    for i, (height, width) in enumerate(shapes):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        for n in range(9):
+            noise = np.random.default_rng([i, n]).integers(0, 256, (height, width, 3), np.uint8)
+            Image.fromarray(noise).save(folder / f"{n}.png")
+        paths.append(str(folder))
+    paths.append(clip(tmp_path / "film.mp4", 9, frames=10, size=112))
+    seen = []
+    count_patches(model.model.visual, seen)
+    c = train.Config(frames=frames)
+    of_video = replace(model.pixels, min_pixels=0, video_pixels=(3000, 20000))
+    for pixels in (model.pixels, of_video):
+        model.pixels = pixels
+        both = []
+        for reads_ahead in (False, True):
+            seen.clear()
+            run = run_of(model, encode.Cache(), c)
+            if reads_ahead:
+                run.ahead = Ahead(data.open_video, frames)
+                data.read_ahead(run, [Sample(p, "", "", "", p) for p in paths])
+                for thread in run.ahead.threads:
+                    thread.join()
+                assert all(reading.result().pieces for reading in run.ahead.readings.values())
+            for path in paths:
+                data.vision_tokens(run, path, data.video_key(run, path))
+            both.append(list(seen))
+            if reads_ahead:
+                run.ahead.stop()
+        assert both[0] == both[1] and len(both[0]) >= len(paths)
+
+
+def test_an_error_of_a_film_read_ahead_reaches_its_own_samples_alone(tmp_path, tiny):
+    """A film that is cut off, and one that is missing: each names itself in the samples
+    that ask about it, as without reading ahead; a film that changed meanwhile is read anew."""
+    model, tokenizer = vlm.load(tiny)
+    paths = [clip(tmp_path / f"{i}.mp4", i) for i in range(5)]
+    cut = clip(tmp_path / "cut.mkv", 8)
+    os.truncate(cut, os.path.getsize(cut) // 2)
+    missing = str(tmp_path / "missing.mp4")
+    order = [paths[0], cut, paths[1], missing, paths[2], cut, paths[3], paths[4]]
+    samples = [Sample(f"s{i}", "what?", "1", "count", path) for i, path in enumerate(order)]
+    both = []
+    for reads_ahead in (False, True):
+        run = run_of(model, encode.Cache(), train.Config(frames=6))
+        run.tokenizer = tokenizer
+        if reads_ahead:
+            run.ahead = Ahead(data.open_video, 6)
+            clip(paths[2], 77)
+            data.read_ahead(run, samples)
+            for thread in run.ahead.threads:
+                thread.join()
+        clip(paths[2], 55)
+        prompts, dropped = data.make_prompts(run, samples, 4)
+        both.append(([(s.id, p.key, p.vision) for s, p in prompts], dropped))
+        if reads_ahead:
+            run.ahead.stop()
+    (right, right_dropped), (got, dropped) = both
+    assert dropped == right_dropped and sorted(dropped) == ["s1", "s3", "s5"]
+    assert "cut.mkv" in dropped["s1"] and "missing.mp4" in dropped["s3"]
+    assert [x[:2] for x in got] == [x[:2] for x in right]
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(got, right))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """python -m pytest tests/test_frames.py -q"""
 import numpy as np
 import pytest
+import torch
 
-from plumbing.frames import make_video, pick
+from plumbing.frames import make_video, pick, resize
 
 
 def test_equal_durations_are_picked_evenly_and_each_at_most_once():
@@ -42,3 +43,31 @@ def test_a_slice_is_read_by_what_was_chosen_for_it():
 def test_no_frames_are_no_reading_and_a_single_frame_has_one_second():
     video = make_video("x", [0], (2, 4), 0.04, True, read_nothing)
     assert video.read(1, 1).shape == (0, 2, 4, 3) and video.seconds == 1.0
+
+
+@pytest.mark.parametrize("size", [(28, 28), (9, 35), (60, 100), (84, 140)])
+def test_frames_are_resized_one_by_one_to_what_they_are_together(size):
+    """Bit for bit, smaller and larger, from arrays that run backwards (np.rot90) too."""
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 60, 100, 3), dtype=np.uint8)
+
+    def read_each(chosen, out):
+        for place, number in enumerate(chosen):
+            out[place] = pixels[number]
+
+    def read_together(chosen, out):
+        out[:] = pixels[chosen]
+
+    def read_backwards(chosen, out):
+        for place, number in enumerate(chosen):
+            out[place] = np.flip(np.flip(pixels[number], 0).copy(), 0)
+
+    right = resize(pixels, size)
+    assert right.shape == (7, *size, 3) and right.dtype == torch.uint8
+    if size == (60, 100):
+        assert np.array_equal(right, pixels)
+    for read in (read_each, read_together, read_backwards):
+        video = make_video("x", np.arange(7), (60, 100), 1.0, False, read)
+        assert np.array_equal(video.read(0, 7, size), right)
+        assert np.array_equal(video.read(2, 5, size), right[2:5])
+        assert video.read(3, 3, size).shape == (0, *size, 3)
+        assert np.array_equal(video.read(2, 5), pixels[2:5])

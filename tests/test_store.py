@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from test_cache import ENV, change_byte, clip
 import data
 from flow import VideoError
 from plumbing import store, video
+from plumbing.frames import resize
 
 
 @pytest.fixture
@@ -178,6 +180,10 @@ def in_fours(video):
     return [(lo, min(lo + 4, video.frames)) for lo in range(0, video.frames, 4)]
 
 
+def own_size(video):
+    return video.height, video.width
+
+
 def read_all(video):
     return np.concatenate([video.read(lo, hi) for lo, hi in in_fours(video)])
 
@@ -188,7 +194,8 @@ def working_threads():
 
 
 @pytest.fixture
-def ahead():
+def ahead(monkeypatch):
+    monkeypatch.setattr(store, "cores_of_a_rank", lambda: 8)   # this machine may have one
     reader = store.Ahead(data.open_video, 10)
     yield reader
     reader.stop()
@@ -196,8 +203,9 @@ def ahead():
 
 
 def settle(reader):
-    """Wait until the thread has done what it can. -> bytes that wait"""
-    reader.thread.join()
+    """Wait until the threads have done what they can. -> bytes that wait"""
+    for thread in reader.threads:
+        thread.join()
     waiting = 0
     for reading in reader.readings.values():
         waiting += sum(frames.nbytes for frames in reading.result().pieces.values())
@@ -216,10 +224,10 @@ def test_read_ahead_gives_what_open_video_gives(tmp_path, ahead):
         assert video.seconds == seconds and video.path == path
 
     for turns in (paths, [paths[2], paths[1], paths[3]], [paths[0], paths[0], paths[3]], []):
-        ahead.start(paths, data.fingerprint, in_fours)
+        ahead.start(paths, data.fingerprint, in_fours, own_size)
         for path in turns:
             check(path, ahead.open(path, data.fingerprint(path)))
-    ahead.start(paths, data.fingerprint, in_fours)
+    ahead.start(paths, data.fingerprint, in_fours, own_size)
     zero = ahead.open(paths[0], data.fingerprint(paths[0]))
     check(paths[0], zero, lambda video: video.read(0, video.frames))
     one = ahead.open(paths[1], data.fingerprint(paths[1]))
@@ -231,8 +239,8 @@ def test_read_ahead_gives_what_open_video_gives(tmp_path, ahead):
     check(paths[3], ahead.open(paths[3], data.fingerprint(paths[3])))  # nothing was begun
 
 
-def test_the_thread_reads_ahead_and_the_rank_does_not(tmp_path, ahead, monkeypatch):
-    """Every piece is decoded once, by the thread; what the cache has is not even opened."""
+def test_threads_read_ahead_and_the_rank_does_not(tmp_path, ahead, monkeypatch):
+    """Every piece is decoded once, a video in one thread; what the cache has is not even opened."""
     paths = [clip(tmp_path / f"{i}.mp4", i) for i in range(3)]
     reads = []
     real = video.read_film
@@ -245,11 +253,12 @@ def test_the_thread_reads_ahead_and_the_rank_does_not(tmp_path, ahead, monkeypat
         return None if path == paths[1] else data.fingerprint(path)
 
     monkeypatch.setattr(video, "read_film", read_film)
-    ahead.start(paths, name, in_fours)
+    ahead.start(paths, name, in_fours, own_size)
     settle(ahead)
     for path in (paths[0], paths[2]):
         read_all(ahead.open(path, data.fingerprint(path)))
-    assert [path for path, _ in reads] == [paths[0]] * 3 + [paths[2]] * 3
+    assert sorted(path for path, _ in reads) == [paths[0]] * 3 + [paths[2]] * 3
+    assert len(set(reads)) == 2
     assert threading.main_thread() not in {thread for _, thread in reads}
     read_all(ahead.open(paths[1], data.fingerprint(paths[1])))
     assert reads[-1] == (paths[1], threading.main_thread())
@@ -261,7 +270,7 @@ def test_what_waits_is_bounded_in_bytes(tmp_path, pieces):
     paths = [clip(tmp_path / f"{i}.mp4", i) for i in range(3)]
     piece = 4 * 56 * 56 * 3
     reader = store.Ahead(data.open_video, 10, pieces * piece + piece // 3)
-    reader.start(paths, data.fingerprint, in_fours)
+    reader.start(paths, data.fingerprint, in_fours, own_size)
     assert pieces * piece <= settle(reader) <= reader.most
     for path in paths:
         frames = read_all(reader.open(path, data.fingerprint(path)))
@@ -298,25 +307,99 @@ def test_errors_in_the_thread_are_raised_at_the_videos_turn(tmp_path, ahead):
 
     right = [outcome(lambda path: data.open_video(path, 10), path) for path in bad]
     assert all(path in text for path, text in zip(bad[:3], right)) and right[3] != good_bytes
-    ahead.start([*bad, good], name, in_fours)
+    ahead.start([*bad, good], name, in_fours, own_size)
     assert [outcome(open_ahead, path) for path in bad] == right
     assert outcome(open_ahead, good) == good_bytes
 
 
 def test_a_bug_in_the_thread_is_raised_not_waited_for(tmp_path, ahead):
     path = clip(tmp_path / "a.mp4", 0)
-    ahead.start([path], data.fingerprint, lambda video: 1 / 0)
+    ahead.start([path], data.fingerprint, lambda video: 1 / 0, own_size)
     with pytest.raises(ZeroDivisionError):
         ahead.open(path, data.fingerprint(path))
 
 
 def test_what_was_read_of_a_file_that_changed_is_not_used(tmp_path, ahead):
     path = clip(tmp_path / "a.mp4", 0)
-    ahead.start([path], data.fingerprint, in_fours)
+    ahead.start([path], data.fingerprint, in_fours, own_size)
     settle(ahead)
     clip(path, 1)
     frames = read_all(ahead.open(path, data.fingerprint(path)))
     assert np.array_equal(frames, data.read_video(path, 10)[0])
+
+
+def test_threads_are_few_and_no_more_than_the_cores_of_a_rank(tmp_path, ahead, monkeypatch):
+    """All of them are at work at once: each waits until all the others have come."""
+    paths = [f"{i}.mp4" for i in range(9)]
+    for cores, threads in ((8, 4), (3, 3), (1, 1)):
+        monkeypatch.setattr(store, "cores_of_a_rank", lambda cores=cores: cores)
+        all_here = threading.Barrier(threads, timeout=20)
+        begun = []
+
+        def name(path, all_here=all_here, begun=begun, threads=threads):
+            begun.append(threading.current_thread())
+            if len(begun) <= threads:
+                all_here.wait()
+
+        ahead.start(paths, name, in_fours, own_size)
+        assert len(ahead.threads) == threads and settle(ahead) == 0
+        assert len(begun) == len(paths) and len(set(begun[:threads])) == threads
+        assert not any(reading.exception() for reading in ahead.readings.values())
+    ahead.start(paths[:2], str, in_fours, own_size)
+    assert len(ahead.threads) <= 2
+
+
+def test_the_cores_of_a_machine_are_shared_by_its_ranks(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert store.cores_of_a_rank() == 16
+    for ranks, cores in ((1, 16), (8, 2), (32, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert store.cores_of_a_rank() == cores
+
+
+def test_what_waits_is_resized_and_many_films_fit(tmp_path, ahead):
+    """In full size there was room for one film; a folder of pictures and a picture are resized
+    too."""
+    paths = [clip(tmp_path / f"{i}.mp4", i, size=224) for i in range(6)]
+    (tmp_path / "folder").mkdir()
+    for i in range(3):
+        Image.new("RGB", (100, 60), (i, 99, 9)).save(tmp_path / "folder" / f"{i}.png")
+    Image.new("RGB", (100, 60), "red").save(tmp_path / "picture.png")
+    paths += [str(tmp_path / "folder"), str(tmp_path / "picture.png")]
+    ahead.most = 10 * 224 * 224 * 3
+    ahead.start(paths, data.fingerprint, in_fours, lambda video: (56, 84))
+    assert settle(ahead) == (6 * 10 + 3 + 1) * 56 * 84 * 3 <= ahead.most
+    for path in paths:
+        video = ahead.open(path, data.fingerprint(path))
+        original = data.open_video(path, 10)
+        assert own_size(video) == own_size(original)
+        right = resize(original.read(0, original.frames), (56, 84))
+        assert np.array_equal(read_all(video), right)
+
+
+def test_stop_while_threads_read(tmp_path, ahead):
+    """Each ends after its piece, those that have not begun are not read, and the next start reads
+    as if nothing had been."""
+    paths = [clip(tmp_path / f"{i}.mp4", i) for i in range(6)]
+    reading = threading.Event()
+    read = []
+
+    def pieces(video):
+        read.append(video.path)
+        reading.set()
+        while not ahead.stopped:
+            time.sleep(0.001)
+        return in_fours(video)
+
+    ahead.start(paths, data.fingerprint, pieces, own_size)
+    readings = list(ahead.readings.values())
+    assert reading.wait(20)
+    ahead.stop()
+    assert 1 <= len(read) <= 4 and not working_threads() and not ahead.readings
+    assert all(promise.result().pieces == {} for promise in readings)
+    ahead.start(paths, data.fingerprint, in_fours, own_size)
+    assert settle(ahead) == 6 * 10 * 56 * 56 * 3
 
 
 @pytest.mark.parametrize("end", ["", "raise SystemExit(0)", "reader.stop()"])
@@ -328,7 +411,8 @@ def test_no_thread_hangs_at_exit(tmp_path, end):
         "from plumbing import store",
         "reader = store.Ahead(data.open_video, 60, 1)",
         f"paths = [{path!r}, {path!r} + 'x'] + ['toy:%d' % i for i in range(500)]",
-        "reader.start(paths, str, lambda v: [(i, i + 1) for i in range(v.frames)])",
+        "reader.start(paths, str, lambda v: [(i, i + 1) for i in range(v.frames)],",
+        "             lambda v: (v.height, v.width))",
         f"reader.open({path!r}, {path!r}).read(0, 1)",
         end,
     ])

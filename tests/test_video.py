@@ -3,6 +3,7 @@
 Films. Every clip is made here: the left half of frame i is gray, 20 + 5 i, so that a frame that is
 read back tells its number. (tests/test_pictures.py has folders and single pictures.)
 """
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -344,3 +345,29 @@ def test_ffmpeg_is_quiet_and_its_settings_are_given_back(tmp_path, capfd):
     read_video(path, 4)
     assert (av.logging.get_level(), av.logging.get_skip_repeated()) == before
     assert capfd.readouterr().err == ""
+
+
+def test_threads_that_collect_errors_do_not_lower_each_others_log_level():
+    """The bug: the first to end put the level back, and the other missed that a film is cut off."""
+    before = av.logging.get_level()
+    first_inside, first_ended = threading.Event(), threading.Event()
+    levels = []
+
+    def first():
+        with videos.ffmpeg_log():
+            first_inside.set()
+            first_ended.wait(0.2)                          # meanwhile the second tries to enter
+        first_ended.set()
+
+    def second():
+        first_inside.wait(10)
+        with videos.ffmpeg_log():
+            first_ended.wait(10)
+            levels.append(av.logging.get_level())
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert levels == [av.logging.ERROR] and av.logging.get_level() == before
