@@ -168,12 +168,13 @@ def reinforce(run, stage, by_id, held_out):
             for part in split(kept, c.updates_per_rollout):
                 destination, imbalance = deal_groups(token_counts(part, facts), ranks)
                 mine = send_groups(groups, destination, ranks)
+                divisor = loss_divisor(part, facts, c)
                 for batch in micro_batches(rank_share(mine, c, ranks), c.max_tokens, run):
                     logprobs, entropy = vlm.logprobs(run.model, batch.prompts, batch.tokens,
                                                      run.banned, ranks=sharers(c, ranks))
                     loss, clip_counts = grpo.policy_loss(
                         logprobs, batch.old_logprobs, batch.advantages, batch.sampled,
-                        c.clip_low, c.clip_high, c.loss_average, loss_divisor(part, facts, c))
+                        c.clip_low, c.clip_high, c.loss_average, divisor)
                     loss.backward()
                     meter.add(batch, logprobs, entropy, clip_counts)
                 meter.end_update(ranks, c.stage2)
