@@ -56,8 +56,9 @@ from plumbing.metrics import Clock, peak_bytes
 from plumbing.optimizer import make_optimizer, update
 from plumbing.plots import bench_table, draw_bench
 from plumbing.ranks import gather, run_command, shard, spawn, start
-from plumbing.sharding import recompute_layers
+from plumbing.sharding import check_heads, recompute_layers
 from plumbing.tiny import build_tiny
+from plumbing.vllm_engine import start_engine
 
 VARIANTS = ("naive", "reuse", "shared", "shared+sp")
 KEYS = ("variant", "cache", "frames", "size", "group", "completion", "sp", "rollout",
@@ -169,7 +170,7 @@ def start_vllm(row, model, tokenizer, ranks):
     with tempfile.TemporaryDirectory() as folder:          # it starts from a directory
         vlm.save(model, tokenizer, folder)
         length = memory.vision_tokens(model.config, row.frames, row.size) + 512 + row.completion
-        return rollout.start_engine(folder, model, tokenizer, ranks, length)
+        return start_engine(folder, model, tokenizer, ranks, length)
 
 
 def forward_backward(model, prompt, completions, advantages, ranks, banned, divisor, stage2):
@@ -215,14 +216,14 @@ class Workload:
         self.stage2 = row.variant == "shared+sp"
         dtype = row.dtype or ("float32" if ranks.device == "cpu" else "bfloat16")
         self.model, self.tokenizer = load(row.model, ranks.device, getattr(torch, dtype), row.seed)
-        pixels, text = self.model.pixels, self.model.config.text_config
+        pixels = self.model.pixels
         side = pixels.patch * pixels.merge
         if row.size % side:
             raise ValueError(f"--size={row.size}: a side must be a multiple of {side} pixels, "
                              "one vision token")
         pixels.min_pixels = pixels.max_pixels = row.size ** 2      # frames are not resized
         if self.stage2:
-            encode.check_heads(text.num_attention_heads, text.num_key_value_heads, ranks)
+            check_heads(self.model.config.text_config, ranks)
         self.model.model.visual.requires_grad_(False)
         if row.checkpointing:
             recompute_layers(self.model)

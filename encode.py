@@ -171,19 +171,6 @@ class Cache:
 # --------------------------------------------------------------------------------------------------
 # stage 2: the sequence over the ranks
 
-def check_heads(heads, kv_heads, ranks):
-    """Raises ValueError if stage 2 cannot share out the attention heads: heads must be a
-    multiple of sp, and key-value heads a multiple or a divisor of it."""
-    def fits(sp):
-        return heads % sp == 0 and (kv_heads % sp == 0 or sp % kv_heads == 0)
-
-    if not fits(ranks.sp):
-        possible = ", ".join(str(sp) for sp in range(1, heads + 1) if fits(sp))
-        raise ValueError(f"stage 2 with sp = {ranks.sp}: {heads} attention heads and {kv_heads} "
-                         f"key-value heads cannot be shared out; sp can be {possible} for this "
-                         "model, or switch stage2 off")
-
-
 class Ulysses:
     """The packed sequence sharded over the sp ranks (section 5.2), around the same attention.
 

@@ -27,9 +27,10 @@ from plumbing.grades import append, begin, read_grades
 from plumbing.metrics import mean
 from plumbing.plots import draw_sweep, eval_table
 from plumbing.ranks import gather, merged, on_first, printer, run_command, start
+from plumbing.sharding import check_heads
 from plumbing.sweep import sweep
-from plumbing.vllm_engine import import_vllm
-from rollout import budgets, engine_of, rollout, room
+from plumbing.vllm_engine import engine_of, import_vllm
+from rollout import budgets, rollout, room
 
 
 @dataclass
@@ -289,8 +290,7 @@ def load_run(c, ranks, say):
     dtype = getattr(torch, c.dtype)
     model, tokenizer = vlm.load(c.model, ranks.device, dtype, c.max_pixels, c.seed)
     if c.grade and c.stage2:
-        text = model.config.text_config
-        encode.check_heads(text.num_attention_heads, text.num_key_value_heads, ranks)
+        check_heads(model.config.text_config, ranks)
     engine = engine_of(c, c.model, model, tokenizer, ranks)
     return Run(c, ranks, say, model, tokenizer, vlm.banned_ids(model, tokenizer), cache,
                engine=engine)

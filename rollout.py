@@ -28,7 +28,6 @@ from plumbing.families import decode, tokenize
 from plumbing.ranks import run_command, shard, start
 from plumbing.sharding import gathered
 from plumbing.streams import uniform
-from plumbing.vllm_engine import VLLM
 
 FORCED_TEXT = "</think><answer>"   # written when the thinking budget has run out
 WAIT_TEXT = "\nWait,"              # written in place of a </think> that comes too early
@@ -272,27 +271,14 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     return [completions[at:at + G] for at in range(0, len(completions), G)]
 
 
-def start_engine(name, model, tokenizer, ranks, length, memory=0.5, share=False):
-    """The vLLM engine of the checkpoint `name` that model was loaded from: see `VLLM`."""
-    banned = vlm.banned_ids(model, tokenizer)
-    return VLLM(name, model, tokenizer, ranks, length, banned, memory, share)
-
-
-def engine_of(c, name, model, tokenizer, ranks):
-    """`start_engine` if a run's configuration asks for vLLM, else None."""
-    if c.rollout != "vllm":
-        return None
-    return start_engine(name, model, tokenizer, ranks, c.vllm_length, c.vllm_memory, c.vllm_share)
-
-
 def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=False, engine=None,
             **how):
     """`sample`, shared out: each sp rank samples its part of every group, and all ranks end with
     the whole groups. -> N lists of G `Completion`s
 
     max_tokens: the most prefix tokens, padding included, decoded at once; stage2: the prefill is
-    shared out too (each rank must have completions to sample); engine: a `VLLM`, None: torch;
-    how: the other arguments of `sample`.
+    shared out too (each rank must have completions to sample); engine: a
+    `plumbing.vllm_engine.VLLM`, None: torch; how: the other arguments of `sample`.
     """
     how = {"forced": FORCED_TEXT, **how}
     each_samples_all = ranks.sp == 1 or (engine is not None and engine.shared)

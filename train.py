@@ -43,11 +43,11 @@ from plumbing.ranks import (
     start,
 )
 from plumbing.resume import newest
-from plumbing.sharding import recompute_layers, shard_parameters
+from plumbing.sharding import check_heads, recompute_layers, shard_parameters
 from plumbing.stages import Progress, Stage
 from plumbing.store import Ahead
-from plumbing.vllm_engine import import_vllm
-from rollout import budgets, engine_of, rollout, room
+from plumbing.vllm_engine import engine_of, import_vllm
+from rollout import budgets, rollout, room
 
 
 @dataclass
@@ -417,8 +417,7 @@ def load_run(c, ranks, say, cache, checkpoint):
     model, tokenizer = vlm.load(checkpoint or c.model, "cpu" if shard_now else ranks.device,
                                 getattr(torch, c.dtype), c.max_pixels, c.seed)
     if c.stage2:
-        text = model.config.text_config
-        encode.check_heads(text.num_attention_heads, text.num_key_value_heads, ranks)
+        check_heads(model.config.text_config, ranks)
     if shard_now:
         shard_parameters(model, ranks)
     if c.checkpointing:

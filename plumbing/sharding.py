@@ -97,3 +97,19 @@ def recompute_layers(model):
     text = model.model.language_model
     text.gradient_checkpointing_enable({"use_reentrant": False})
     text.train()       # transformers checkpoints only in this mode; there is no dropout here
+
+
+def check_heads(text_config, ranks):
+    """Raises ValueError if stage 2 cannot share out the attention heads: heads must be a
+    multiple of sp, and key-value heads a multiple or a divisor of it."""
+    heads = text_config.num_attention_heads
+    kv_heads = text_config.num_key_value_heads
+
+    def fits(sp):
+        return heads % sp == 0 and (kv_heads % sp == 0 or sp % kv_heads == 0)
+
+    if not fits(ranks.sp):
+        possible = ", ".join(str(sp) for sp in range(1, heads + 1) if fits(sp))
+        raise ValueError(f"stage 2 with sp = {ranks.sp}: {heads} attention heads and {kv_heads} "
+                         f"key-value heads cannot be shared out; sp can be {possible} for this "
+                         "model, or switch stage2 off")

@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 
 from flow import Completion, Prompt
-from plumbing.families import decode, stop_ids, vision_pad
+from plumbing.families import banned_ids, decode, stop_ids, vision_pad
 from plumbing.optimizer import updates
 from plumbing.sharding import weights
 from plumbing.store import sha256
@@ -274,3 +274,16 @@ def refuse_missing_weights(inner):
         return given
 
     inner.load_weights = load_all
+
+
+def start_engine(name, model, tokenizer, ranks, length, memory=0.5, share=False):
+    """The vLLM engine of the checkpoint `name` that model was loaded from: see `VLLM`."""
+    banned = banned_ids(model, tokenizer)
+    return VLLM(name, model, tokenizer, ranks, length, banned, memory, share)
+
+
+def engine_of(c, name, model, tokenizer, ranks):
+    """`start_engine` if a run's configuration asks for vLLM, else None."""
+    if c.rollout != "vllm":
+        return None
+    return start_engine(name, model, tokenizer, ranks, c.vllm_length, c.vllm_memory, c.vllm_share)

@@ -1,5 +1,6 @@
 """Small models, videos and completions that several test files use."""
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -17,6 +18,11 @@ def shake(model, seed=7):
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=noise) * 0.03)
     return model
+
+
+def text_config(heads, kv_heads):
+    """What `plumbing.sharding.check_heads` reads of a model's config."""
+    return SimpleNamespace(num_attention_heads=heads, num_key_value_heads=kv_heads)
 
 
 def shaken_tiny():

@@ -8,15 +8,16 @@ import shlex
 from pathlib import Path
 
 import pytest
+from small import text_config
 
 import bench
-import encode
 import evaluate
 import rollout
 import toy
 import train
 from flow import Ranks
 from plumbing import command_line
+from plumbing.sharding import check_heads
 from plumbing.sweep import sweep
 from plumbing.tiny import build_tiny
 
@@ -56,7 +57,7 @@ def test_every_command_line_shown_is_understood(page, number):
         command_line.check_training(c, ranks)
         assert world % sp == 0
         if c.stage2:
-            encode.check_heads(*HEADS[c.model], ranks)
+            check_heads(text_config(*HEADS[c.model]), ranks)
         found += 1
     for _, arguments in commands(text, "bench.py"):
         bench.parse(arguments)

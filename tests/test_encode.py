@@ -621,18 +621,5 @@ def test_columns_of_all_ranks_are_the_sequence_once():
             assert {int((p < prefix).sum()) for p in parts} == {prefix // sp}
 
 
-@pytest.mark.parametrize("heads, kv, sp, fits", [
-    (4, 2, 2, True), (4, 2, 4, True), (28, 4, 4, True), (16, 2, 8, True), (4, 2, 8, False),
-    (28, 4, 8, False), (12, 2, 3, False), (12, 2, 12, True), (4, 2, 1, True)])
-def test_heads_that_cannot_be_shared_out_are_named(heads, kv, sp, fits):
-    """The design's rule: heads a multiple of sp, kv heads a multiple or a divisor of it; else a
-    line, not a hang."""
-    if fits:
-        return encode.check_heads(heads, kv, Ranks(sp=sp))
-    text = f"sp = {sp}: {heads} attention heads and {kv} key-value heads.*sp can be 1"
-    with pytest.raises(ValueError, match=text):
-        encode.check_heads(heads, kv, Ranks(sp=sp))
-
-
 if __name__ == "__main__":
     worlds.run(WORLDS, sys.argv[1], tiny_model())

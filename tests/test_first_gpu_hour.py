@@ -12,15 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small import text_config
 
 import bench
-import encode
 import model as vlm
 import rollout
 import train
 from flow import Ranks
 from plumbing import command_line
 from plumbing.optimizer import updates
+from plumbing.sharding import check_heads
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
@@ -77,7 +78,7 @@ def test_commands_for_several_gpus_are_understood():
             sp = c.sp or gpus
             command_line.check_training(c, Ranks(world=gpus, sp=sp, dp=gpus // sp))
             heads = (4, 2) if c.model == "tiny" else (28, 4)
-            encode.check_heads(*heads, Ranks(world=gpus, sp=sp))
+            check_heads(text_config(*heads), Ranks(world=gpus, sp=sp))
 
 
 class StandIn:

@@ -25,7 +25,7 @@ from flow import Ranks, Run
 from plumbing import sharding
 from plumbing.optimizer import count_update, update
 from plumbing.ranks import leave, start
-from plumbing.vllm_engine import MOST_BANNED
+from plumbing.vllm_engine import MOST_BANNED, start_engine
 
 ROOT = Path(__file__).parent.parent
 ALONE = Ranks()
@@ -115,7 +115,7 @@ def prompts(ours):
 @pytest.fixture(scope="module")
 def engine(folder, ours):
     # 5,000 is more than the tiny GLM has positions: it is started with those.
-    KEPT.append(rollout.start_engine(folder, *ours, ALONE, 5000))
+    KEPT.append(start_engine(folder, *ours, ALONE, 5000))
     return KEPT[-1]
 
 
@@ -360,7 +360,7 @@ def test_tied_embeddings_as_the_3b_has_them(ours, tmp_path):
     path = as_published(saved, tmp_path / "published")
     model, tokenizer = vlm.load(path)
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    engine = rollout.start_engine(path, model, tokenizer, ALONE, 512)
+    engine = start_engine(path, model, tokenizer, ALONE, 512)
     prompts = make_prompts(model, tokenizer)
     KEPT.append(engine)
     for _ in range(2):
@@ -379,7 +379,7 @@ def test_an_architecture_that_vllm_lacks_is_one_line(ours, tmp_path):
     config |= {"architectures": ["NobodyForConditionalGeneration"], "model_type": "nobody"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="vLLM does not start on") as error:
-        rollout.start_engine(str(tmp_path), *ours, ALONE, 512)
+        start_engine(str(tmp_path), *ours, ALONE, 512)
     assert "\n" not in str(error.value)
 
 
@@ -392,7 +392,7 @@ def worker(folder, out, share):
     if "sharded" in share:
         sharding.shard_parameters(model, ranks)
     prompts, result = make_prompts(model, tokenizer), []
-    engine = rollout.start_engine(
+    engine = start_engine(
         folder, model, tokenizer, ranks, 512, share="one over both" in share)
     model.model.visual.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -449,7 +449,7 @@ def test_a_run_with_vllm_learns(tmp_path):
 
     path = f"{tmp_path}/out/model"
     ours = vlm.load(path)
-    engine = rollout.start_engine(path, *ours, ALONE, 512)
+    engine = start_engine(path, *ours, ALONE, 512)
     KEPT.append(engine)
     run = Run(evaluate.Config(), ALONE, print, *ours, vlm.banned_ids(*ours), encode.Cache())
     room = rollout.room(ours[1], **rollout.budgets(run.config))
