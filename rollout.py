@@ -22,15 +22,16 @@ import encode
 import model as vlm
 import toy
 from flow import Completion, Ranks
-from plumbing.batches import cut
+from plumbing.batches import cut, own_shares
 from plumbing.command_line import check_choice, check_range, parse
 from plumbing.families import decode, tokenize
-from plumbing.ranks import run_command, shard, start
+from plumbing.ranks import run_command, start
 from plumbing.sharding import gathered
 from plumbing.streams import uniform
 
 FORCED_TEXT = "</think><answer>"   # written when the thinking budget has run out
 WAIT_TEXT = "\nWait,"              # written in place of a </think> that comes too early
+MOST_SPARE = 1.1                   # decoded rows over unfinished ones; above, the others leave
 ALONE = Ranks()
 
 
@@ -143,20 +144,42 @@ class Writing:
 
 
 class SharedPrefix:
-    """Attention with the keys and values of N prefixes once each, and those of their N*G
-    completions beside them. The first forward is the prefill, [N,P] padded on the right; every
-    later one is one token of all N*G completions."""
+    """Attention with the keys and values of N prefixes once each, and those of their completions
+    beside them. The first forward is the prefill, [N,P] padded on the right; every later one is one
+    token of each of the M completions that are still being written: N*G, until some have left."""
 
     def __init__(self, lengths, padded, G, room, kv_heads, ranks):
         """lengths: long [N]; padded: P; room: the most tokens a completion can have; ranks:
         `encode.Ulysses` deals out the kv_heads heads of the prefill over them."""
-        self.N, self.G = len(lengths), G
         self.room, self.kv_heads = room, kv_heads
         self.ranks = ranks
         self.step = -1                                     # of decoding; -1: the prefill
         padding = torch.arange(padded, device=lengths.device) >= lengths[:, None]    # [N, P]
         self.mask = torch.where(padding, -torch.inf, 0.0)[:, None, None]             # [N, 1, 1, P]
         self.prefix, self.completions = {}, {}             # {layer: (keys, values)}
+        self.set_rows(torch.arange(len(lengths), device=lengths.device).repeat_interleave(G))
+
+    def set_rows(self, prompts):
+        """prompts: long [M], ascending: which of the N prefixes each row follows. Attention over
+        the prefixes runs on N x m cells, m: the most rows of a prefix; some stay empty."""
+        rows_of_prompt = torch.bincount(prompts)                               # [N]
+        first_row = rows_of_prompt.cumsum(0) - rows_of_prompt
+        self.prompts = prompts
+        self.N, self.m = len(rows_of_prompt), int(rows_of_prompt.max())
+        number = torch.arange(len(prompts), device=prompts.device) - first_row[prompts]
+        self.cells = prompts * self.m + number                                 # [M]
+
+    def keep(self, rows):
+        """Rows that have ended leave, and prefixes that no row follows. rows: long [M'], those that
+        stay, ascending"""
+        read, prompts = self.prompts[rows].unique(return_inverse=True)
+        self.set_rows(prompts)
+        for layer, pair in self.completions.items():       # one at a time: little memory
+            self.completions[layer] = [x[rows] for x in pair]
+        if len(read) < len(self.mask):
+            self.mask = self.mask[read]
+            for layer, pair in self.prefix.items():
+                self.prefix[layer] = [x[read] for x in pair]
 
     def __call__(self, layer, q, k, v, scale):
         """As `model.call_attention` calls it. q, k, v and result: [rows,heads,S,d]"""
@@ -166,7 +189,7 @@ class SharedPrefix:
 
     def prefill(self, layer, q, k, v, scale):
         self.prefix[layer] = [encode.all_heads(x, self.kv_heads, self.ranks) for x in (k, v)]
-        shape = (self.N * self.G, self.kv_heads, self.room, k.shape[3])
+        shape = (len(self.cells), self.kv_heads, self.room, k.shape[3])
         self.completions[layer] = k.new_empty(shape), v.new_empty(shape)       # never grown
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=True)
@@ -175,21 +198,23 @@ class SharedPrefix:
         prefix_k, prefix_v = self.prefix[layer]                                # [N, kv, P, d]
         for kept, new in zip(self.completions[layer], (k, v)):
             kept[:, :, self.step] = new[:, :, 0]
-        past_k, past_v = (x[:, :, :self.step + 1] for x in self.completions[layer])  # [N*G,kv,t,d]
-        q = q[:, :, 0].unflatten(1, (self.kv_heads, -1))                       # [N*G, kv, R, d]
-        prefix_scores = (self.by_prompt(q) @ prefix_k.mT).float() * scale      # [N, kv, G*R, P]
-        past_scores = self.by_prompt(q @ past_k.mT).float() * scale            # [N, kv, G*R, t]
-        scores = torch.cat([prefix_scores + self.mask, past_scores], dim=-1)   # [N, kv, G*R, P+t]
+        past_k, past_v = (x[:, :, :self.step + 1] for x in self.completions[layer])  # [M, kv, t, d]
+        q = q[:, :, 0].unflatten(1, (self.kv_heads, -1))                       # [M, kv, R, d]
+        prefix_scores = (self.by_prompt(q) @ prefix_k.mT).float() * scale      # [N, kv, m*R, P]
+        past_scores = self.by_prompt(q @ past_k.mT).float() * scale            # [N, kv, m*R, t]
+        scores = torch.cat([prefix_scores + self.mask, past_scores], dim=-1)   # [N, kv, m*R, P+t]
         weights, P = scores.softmax(-1).to(q.dtype), prefix_k.shape[2]
-        past = self.by_completion(weights[..., P:]) @ past_v                   # [N*G, kv, R, d]
-        out = self.by_completion(self.by_prompt(past) + weights[..., :P] @ prefix_v)
-        return out.flatten(1, 2)[:, :, None]                                   # [N*G, heads, 1, d]
+        past = self.by_row(weights[..., P:]) @ past_v                          # [M, kv, R, d]
+        out = self.by_row(self.by_prompt(past) + weights[..., :P] @ prefix_v)
+        return out.flatten(1, 2)[:, :, None]                                   # [M, heads, 1, d]
 
-    def by_prompt(self, x):                                # [N*G, kv, R, n] -> [N, kv, G*R, n]
-        return x.unflatten(0, (self.N, self.G)).transpose(1, 2).flatten(2, 3)
+    def by_prompt(self, x):                                # [M, kv, R, n] -> [N, kv, m*R, n]
+        cells = x.new_zeros(self.N * self.m, *x.shape[1:])
+        cells[self.cells] = x
+        return cells.unflatten(0, (self.N, self.m)).transpose(1, 2).flatten(2, 3)
 
-    def by_completion(self, x):                            # [N, kv, G*R, n] -> [N*G, kv, R, n]
-        return x.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1)
+    def by_row(self, x):                                   # [N, kv, m*R, n] -> [M, kv, R, n]
+        return x.unflatten(2, (self.m, -1)).transpose(1, 2).flatten(0, 1)[self.cells]
 
 
 def prefill(model, prompts, G, room, ranks):
@@ -240,30 +265,38 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     text_of = cache(lambda token: tokenizer.decode([token]))
     if not greedy:
         numbers = torch.tensor(uniform(sum(keys, []), steps), device=device)   # [N*G, steps]
+    logprobs = torch.zeros(len(writings), steps, device=device)
     attention, hidden, first = prefill(model, prompts, G, steps, ranks)
-    logprobs = []
+    active = writings                                      # M of them, those that are decoded
+    rows = torch.arange(len(writings), device=device)      # [M], their places among all
     shown = 0                                              # characters that watch has got
     for step in range(steps):
-        logp = vlm.token_distribution(model, hidden, banned)                   # [N*G, vocabulary]
-        picked = pick_tokens(logp, None if greedy else numbers[:, step])
-        written = [w.write(token, text_of(token)) for w, token in zip(writings, picked.tolist())]
-        tokens = torch.tensor(written, device=device)                          # [N*G]
-        logprobs.append(logp.gather(1, tokens[:, None])[:, 0])
+        logp = vlm.token_distribution(model, hidden, banned)                   # [M, vocabulary]
+        picked = pick_tokens(logp, None if greedy else numbers[rows, step])
+        written = [w.write(token, text_of(token)) for w, token in zip(active, picked.tolist())]
+        tokens = torch.tensor(written, device=device)                          # [M]
+        logprobs[rows, step] = logp.gather(1, tokens[:, None])[:, 0]
         if watch and len(writings[0].tokens) == step + 1:
             text = decode(tokenizer, writings[0].tokens, stops)
             if len(text) > shown and (text[-1] != "\ufffd" or writings[0].done):
                 watch(text[shown:])                        # no letter before all of its tokens
                 shown = len(text)
-        if all(w.done for w in writings):
+        unfinished = [i for i, w in enumerate(active) if not w.done]
+        if not unfinished:
             break
+        if len(active) > MOST_SPARE * len(unfinished):
+            active = [active[i] for i in unfinished]
+            keep = torch.tensor(unfinished, device=device)
+            tokens, rows, first = tokens[keep], rows[keep], first[keep]
+            attention.keep(keep)
         attention.step = step
         hidden = model.model.language_model(               # one token of each completion
             inputs_embeds=model.get_input_embeddings()(tokens)[:, None],
             position_ids=(first + step).expand(3, -1)[..., None], use_cache=False,
-            attention=attention).last_hidden_state[:, 0]                       # [N*G, D]
+            attention=attention).last_hidden_state[:, 0]                       # [M, D]
 
     completions = []
-    for w, logp in zip(writings, torch.stack(logprobs, 1).cpu()):              # [L] of [N*G, L]
+    for w, logp in zip(writings, logprobs.cpu()):          # [steps]
         tokens, sampled = torch.tensor(w.tokens), torch.tensor(w.sampled)
         logp = logp[:len(tokens)].masked_fill(~sampled, 0.0)
         text = decode(tokenizer, w.tokens, stops)
@@ -273,45 +306,49 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
 
 def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=False, engine=None,
             **how):
-    """`sample`, shared out: each sp rank samples its part of every group, and all ranks end with
-    the whole groups. -> N lists of G `Completion`s
+    """`sample`, shared out: each sp rank samples its share, and all ranks end with the whole
+    groups. -> N lists of G `Completion`s
 
     max_tokens: the most prefix tokens, padding included, decoded at once; stage2: the prefill is
     shared out too (each rank must have completions to sample); engine: a
     `plumbing.vllm_engine.VLLM`, None: torch; how: the other arguments of `sample`.
     """
     how = {"forced": FORCED_TEXT, **how}
-    each_samples_all = ranks.sp == 1 or (engine is not None and engine.shared)
-    if not each_samples_all:
-        lo, hi = shard(len(keys[0]) if keys else 0, ranks.sp_rank, ranks.sp)
-        keys = [group[lo:hi] for group in keys]
+    if engine is not None and engine.shared:
+        ranks = ALONE                                      # one engine samples for all sp ranks
+    prefill_ranks = ranks if stage2 and engine is None else ALONE
+    shares = own_shares(prompts, len(keys[0]) if keys else 0, ranks, prefill_ranks.sp > 1)
+    own_prompts = [prompts[i] for i, _, _ in shares]
+    own_keys = [keys[i][lo:hi] for i, lo, hi in shares]
     if engine is None:
-        prefill_ranks = ranks if stage2 else ALONE
-        completions = torch_rollout(model, tokenizer, prompts, keys, max_tokens, prefill_ranks, how)
+        completions = torch_rollout(
+            model, tokenizer, own_prompts, own_keys, max_tokens, prefill_ranks, how)
     else:
-        completions = vllm_rollout(engine, model, prompts, keys, how)
-    if each_samples_all:
-        return completions
-    parts = [None] * ranks.sp
-    dist.all_gather_object(parts, completions, group=ranks.group)
-    return [sum(group, []) for group in zip(*parts)]
+        completions = vllm_rollout(engine, model, own_prompts, own_keys, how)
+    parts = [[(i, part) for (i, _, _), part in zip(shares, completions)]]
+    if ranks.sp > 1:
+        parts = parts * ranks.sp
+        dist.all_gather_object(parts, parts[0], group=ranks.group)
+    groups = [[] for _ in prompts]
+    for part_of_rank in parts:
+        for i, part in part_of_rank:
+            groups[i] += part
+    return groups
 
 
 def torch_rollout(model, tokenizer, prompts, keys, max_tokens, ranks, how):
     """`sample` in batches of at most max_tokens prefix tokens. ranks: they share the prefill"""
-    completions = [[] for _ in prompts]
-    with gathered(model):                                  # on every rank, also with no keys
-        to_sample = range(len(prompts)) if any(keys) else []
-        for batch in cut(to_sample, lambda i: len(prompts[i].ids), max_tokens):
+    completions = []
+    with gathered(model):                                  # on every rank, also with no prompts
+        for batch in cut(range(len(prompts)), lambda i: len(prompts[i].ids), max_tokens):
             lo, hi = batch[0], batch[-1] + 1
-            completions[lo:hi] = sample(model, tokenizer, prompts[lo:hi], keys[lo:hi],
-                                        ranks=ranks, **how)
+            completions += sample(model, tokenizer, prompts[lo:hi], keys[lo:hi], ranks=ranks, **how)
     return completions
 
 
 def vllm_rollout(engine, model, prompts, keys, how):
-    if not any(keys) and not isinstance(model, FSDPModule):    # all ranks gather sharded weights
-        return [[] for _ in prompts]
+    if not prompts and not isinstance(model, FSDPModule):  # all ranks gather sharded weights
+        return []
     engine.load(model)
     completions = engine.sample(prompts, keys, **how)
     engine.rest()

@@ -1,5 +1,6 @@
 """
-Micro-batches: the groups of an update, cut into forwards with a bounded number of tokens.
+Who works on what: micro-batches (the groups of an update, cut into forwards with a bounded number
+of tokens), and the completions that each rank samples.
 """
 from dataclasses import dataclass, replace
 
@@ -120,3 +121,26 @@ def split(slots, n):
     """n runs of slots, as even as possible; fewer if there are fewer slots."""
     n = min(n, len(slots))
     return [slots[slice(*shard(len(slots), i, n))] for i in range(n)]
+
+
+def own_shares(prompts, G, ranks, prefill_is_shared):
+    """What this sp rank samples: (i, lo, hi), completions lo to hi of prompt i, longest prompt
+    first, so that prompts of like lengths are decoded together.
+
+    Each prompt goes to one rank, where it is prefilled once. The ranks share its completions only
+    where there are fewer prompts than ranks, or where they share its prefill.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
+    shares = []
+    for place, i in enumerate(order):
+        if prefill_is_shared:
+            samplers = range(ranks.sp)
+        elif len(prompts) < ranks.sp:
+            samplers = range(place, ranks.sp, len(prompts))
+        else:
+            samplers = [place % ranks.sp]
+        if ranks.sp_rank in samplers:
+            lo, hi = shard(G, samplers.index(ranks.sp_rank), len(samplers))
+            if lo < hi:
+                shares.append((i, lo, hi))
+    return shares

@@ -3,6 +3,7 @@
 Micro-batches: which groups make a forward, and that the size of a forward changes nothing.
 """
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from runs import (
 import model as vlm
 from flow import Ranks
 from plumbing import batches
-from plumbing.batches import cut, group_length, micro_batches, rank_share, split
+from plumbing.batches import cut, group_length, micro_batches, own_shares, rank_share, split
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +158,31 @@ def test_the_size_of_a_forward_changes_nothing_while_the_tower_trains(files, tmp
         rows.append(metrics(out))
     close(rows[0][:1], rows[1][:1], 1e-5)
     close(*rows, 1e-3)
+
+
+# --------------------------------------------------------------------------------------------------
+# which completions a rank samples
+
+@pytest.mark.method
+@pytest.mark.parametrize("N, G, sp", itertools.product((0, 1, 3, 8, 25), (1, 3, 8), (1, 2, 3, 8)))
+def test_each_completion_is_sampled_by_one_rank(N, G, sp):
+    """And no prompt is prefilled on two ranks, unless there are fewer prompts than ranks: each rank
+    used to prefill all of them, for its part of every group."""
+    prompts = [SimpleNamespace(ids=[0] * (7 * i % 11)) for i in range(N)]
+    sampled, prefilled = [], []
+    for sp_rank in range(sp):
+        for i, lo, hi in own_shares(prompts, G, Ranks(sp=sp, sp_rank=sp_rank), False):
+            sampled += [(i, g) for g in range(lo, hi)]
+            prefilled.append(i)
+    assert sorted(sampled) == [(i, g) for i in range(N) for g in range(G)]
+    assert len(prefilled) <= max(N, min(sp, N * G))
+    if N >= sp:
+        assert sorted(prefilled) == list(range(N))
+
+
+@pytest.mark.method
+def test_ranks_that_share_a_prefill_share_each_group():
+    """Stage 2 in the rollout: all ranks run every prompt together, in one order."""
+    prompts = [SimpleNamespace(ids=[0] * n) for n in (3, 9, 5)]
+    shares = [own_shares(prompts, 4, Ranks(sp=2, sp_rank=rank), True) for rank in range(2)]
+    assert shares == [[(1, 0, 2), (2, 0, 2), (0, 0, 2)], [(1, 2, 4), (2, 2, 4), (0, 2, 4)]]

@@ -238,6 +238,57 @@ def test_the_prefix_keys_and_values_exist_once(tiny, prompts, monkeypatch):
     assert len(places) == 4 * layers
 
 
+def test_rows_that_have_ended_leave_the_batch(tiny, prompts, endings, monkeypatch):
+    """All rows were decoded until the last one had ended: 7 times the tokens that were written, if
+    one is long. Now at most 1.1 times, with the same tokens and log-probs."""
+    model, tokenizer = tiny
+    how = {"think_budget": 40, "answer_budget": 10}
+    decoded = []
+
+    def count(module, arguments, options):
+        if options["inputs_embeds"].shape[1] == 1:
+            decoded.append(len(options["inputs_embeds"]))
+
+    K = keys(3, 16)
+    hook = model.model.language_model.register_forward_pre_hook(count, with_kwargs=True)
+    groups = rollout.sample(model, tokenizer, prompts, K, **how)
+    written = sum(len(x.tokens) for x in flat(groups))
+    assert sum(decoded) <= 1.1 * written
+    decoded.clear()
+    monkeypatch.setattr(rollout, "MOST_SPARE", torch.inf)
+    never_left = rollout.sample(model, tokenizer, prompts, K, **how)
+    hook.remove()
+    assert sum(decoded) > 2 * written
+    same(flat(groups), flat(never_left))
+
+
+def test_a_prefix_that_no_row_follows_leaves_too(tiny, prompts, monkeypatch):
+    """The completions of one prompt end long before the others': attention no longer reads its
+    prefix, and what the others see is unchanged, log-probs included."""
+    model, tokenizer = tiny
+    lengths = torch.tensor([len(p.ids) for p in prompts])
+    with torch.no_grad():
+        attention, _, first = rollout.prefill(model, prompts, 3, 4, ALONE)
+    rows = torch.tensor([1, 6, 7])                         # one of prompt 0, two of prompt 2
+    tokens = torch.arange(20, 29)
+
+    def decode(step, rows):
+        attention.step = step
+        return model.model.language_model(
+            inputs_embeds=model.get_input_embeddings()(tokens[rows] + step)[:, None],
+            position_ids=(first[rows] + step).expand(3, -1)[..., None], use_cache=False,
+            attention=attention).last_hidden_state[:, 0]
+
+    with torch.no_grad():
+        decode(0, torch.arange(9))
+        expected = decode(1, torch.arange(9))[rows]
+        attention.keep(rows)
+        torch.testing.assert_close(decode(1, rows), expected, atol=1e-5, rtol=0)
+    assert {len(x) for pair in attention.prefix.values() for x in pair} == {2}
+    assert {len(x) for pair in attention.completions.values() for x in pair} == {3}
+    assert (attention.mask[:, 0, 0] == 0).sum(1).tolist() == lengths[[0, 2]].tolist()
+
+
 # --------------------------------------------------------------------------------------------------
 # which tokens are sampled
 
@@ -273,11 +324,11 @@ def test_rollout_keeps_its_batches_within_max_tokens(tiny, prompts, monkeypatch)
         return [list(row) for row in keys]
 
     monkeypatch.setattr(rollout, "sample", sample)
-    lengths, K = [len(p.ids) for p in prompts], keys(3, 2)
-    short, long = lengths[0], lengths[1]
-    assert short < long
-    for most, expected in ((1, [1, 1, 1]), (2 * long - 1, [1, 1, 1]), (2 * long, [2, 1]),
-                           (3 * long, [3])):
+    K = keys(3, 2)
+    _, middle, long = sorted(len(p.ids) for p in prompts)  # the longest goes first
+    assert middle < long
+    for most, expected in ((1, [1, 1, 1]), (2 * middle - 1, [1, 1, 1]), (2 * middle, [1, 2]),
+                           (2 * long, [2, 1]), (3 * long, [3])):
         sizes.clear()
         assert rollout.rollout(model, tokenizer, prompts, K, ALONE, max_tokens=most) == K
         assert sizes == expected, most
@@ -433,18 +484,26 @@ def play(monkeypatch, tiny, prompts, rows, think, answer, **how):
     """The completions of a model that picks rows[r][step] at each step; after a row's end it picks
     "top" for ever."""
     model, tokenizer = tiny
-    rows = [ids_of(tokenizer, row) for row in rows]
+    active = [ids_of(tokenizer, row) for row in rows]
     [top] = ids_of(tokenizer, ["top"])
     step = itertools.count()
 
+    class Followed(rollout.SharedPrefix):
+        """Rows that have ended leave."""
+
+        def keep(self, kept):
+            active[:] = [active[i] for i in kept.tolist()]
+            super().keep(kept)
+
     def scripted(model, hidden, banned):
         s, logp = next(step), torch.full((len(hidden), len(banned)), -torch.inf)
-        for r, row in enumerate(rows):
+        for r, row in enumerate(active):
             logp[r, row[s] if s < len(row) else top] = 0.0
         return logp
 
     with monkeypatch.context() as patch:
         patch.setattr(vlm, "token_distribution", scripted)
+        patch.setattr(rollout, "SharedPrefix", Followed)
         [group] = rollout.sample(
             model, tokenizer, prompts[:1], keys(1, len(rows)), think, answer, **how)
     return group
@@ -743,25 +802,38 @@ def test_letters_of_several_bytes_are_watched_whole(tiny, prompts, monkeypatch):
 HOW = {"think_budget": 8, "answer_budget": 4}
 
 
+CASES = [(3, 3), (3, 1), (1, 3), (1, 1), (0, 0)]           # prompts, and completions of each
+
+
 def worker(out):
-    """What one of two processes runs: rollout() of a group of 3, of 1 (one rank has none to
-    sample), and of no prompts."""
+    """What one of two processes runs: rollout() of more prompts than ranks, of fewer (with 1
+    completion one rank has none to sample), and of none."""
     ranks = start(2)
     model, tokenizer = sharp_tiny()
     prompts = [prompt for prompt, _ in three_prompts(model, tokenizer)]
+    prefilled = []
+
+    def count(module, arguments, options):
+        rows, length = options["inputs_embeds"].shape[:2]
+        if length > 1:
+            prefilled[-1] += rows * length
+
+    model.model.language_model.register_forward_pre_hook(count, with_kwargs=True)
     results = []
-    for G in (3, 1):
-        results.append(rollout.rollout(
-            model, tokenizer, prompts, keys(3, G), ranks, max_tokens=150, **HOW))
-    results.append(rollout.rollout(model, tokenizer, [], [], ranks, **HOW))
-    as_dicts = [[[vars(x) for x in group] for group in groups] for groups in results]
-    torch.save(as_dicts, f"{out}/{ranks.rank}.pt")
+    for N, G in CASES:
+        prefilled.append(0)
+        groups = rollout.rollout(
+            model, tokenizer, prompts[:N], keys(N, G), ranks, max_tokens=150, **HOW)
+        results.append([[vars(x) for x in group] for group in groups])
+    torch.save((results, prefilled), f"{out}/{ranks.rank}.pt")
     torch.distributed.destroy_process_group()              # else gloo's threads may abort the exit
 
 
 def test_two_ranks_share_the_sampling_and_both_get_the_whole_groups(tiny, prompts, tmp_path):
-    """Equal to what one rank samples alone, in real processes over gloo: G = 3 as 2 + 1, G = 1 as
-    1 + 0."""
+    """Equal to what one rank samples alone, in real processes over gloo.
+
+    Each rank prefilled all prompts, for its part of each group. Now a prompt is prefilled once, but
+    where there are fewer prompts than ranks."""
     model, tokenizer = tiny
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -781,14 +853,20 @@ def test_two_ranks_share_the_sampling_and_both_get_the_whole_groups(tiny, prompt
     finally:
         for process in running:
             process.kill()
-    alone = [rollout.rollout(model, tokenizer, prompts, keys(3, G), ALONE, **HOW) for G in (3, 1)]
-    alone.append([])
+    alone = [rollout.rollout(model, tokenizer, prompts[:N], keys(N, G), ALONE, **HOW)
+             for N, G in CASES]
+    prefilled = torch.zeros(len(CASES))
     for rank in range(2):
-        saved = torch.load(tmp_path / f"{rank}.pt")
-        for as_dicts, expected in zip(saved, alone):
+        saved, of_rank = torch.load(tmp_path / f"{rank}.pt")
+        prefilled += torch.tensor(of_rank)
+        for as_dicts, expected in zip(saved, alone, strict=True):
             groups = [[rollout.Completion(**x) for x in group] for group in as_dicts]
             assert [len(group) for group in groups] == [len(group) for group in expected]
             same(flat(groups), flat(expected))
+    lengths = [len(prompt.ids) for prompt in prompts]
+    for tokens in prefilled[:2]:
+        assert sum(lengths) <= tokens <= 1.1 * sum(lengths)
+    assert prefilled[2:].tolist() == [2 * lengths[0], lengths[0], 0]
 
 
 # --------------------------------------------------------------------------------------------------
