@@ -15,7 +15,6 @@ from functools import cache, partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.fsdp import FSDPModule
 
 import data
 import encode
@@ -28,6 +27,7 @@ from plumbing.families import decode, tokenize
 from plumbing.ranks import run_command, start
 from plumbing.sharding import gathered
 from plumbing.streams import uniform
+from plumbing.vllm_engine import vllm_rollout
 
 FORCED_TEXT = "</think><answer>"   # written when the thinking budget has run out
 WAIT_TEXT = "\nWait,"              # written in place of a </think> that comes too early
@@ -343,15 +343,6 @@ def torch_rollout(model, tokenizer, prompts, keys, max_tokens, ranks, how):
         for batch in cut(range(len(prompts)), lambda i: len(prompts[i].ids), max_tokens):
             lo, hi = batch[0], batch[-1] + 1
             completions += sample(model, tokenizer, prompts[lo:hi], keys[lo:hi], ranks=ranks, **how)
-    return completions
-
-
-def vllm_rollout(engine, model, prompts, keys, how):
-    if not prompts and not isinstance(model, FSDPModule):  # all ranks gather sharded weights
-        return []
-    engine.load(model)
-    completions = engine.sample(prompts, keys, **how)
-    engine.rest()
     return completions
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from flow import Completion, Prompt
 from plumbing.families import banned_ids, decode, stop_ids, vision_pad
@@ -287,3 +288,13 @@ def engine_of(c, name, model, tokenizer, ranks):
     if c.rollout != "vllm":
         return None
     return start_engine(name, model, tokenizer, ranks, c.vllm_length, c.vllm_memory, c.vllm_share)
+
+
+def vllm_rollout(engine, model, prompts, keys, how):
+    """`VLLM.sample` with the model's weights as they are now. Then the engine rests."""
+    if not prompts and not isinstance(model, FSDPModule):  # all ranks gather sharded weights
+        return []
+    engine.load(model)
+    completions = engine.sample(prompts, keys, **how)
+    engine.rest()
+    return completions

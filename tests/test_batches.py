@@ -164,7 +164,8 @@ def test_the_size_of_a_forward_changes_nothing_while_the_tower_trains(files, tmp
 # which completions a rank samples
 
 @pytest.mark.method
-@pytest.mark.parametrize("N, G, sp", itertools.product((0, 1, 3, 8, 25), (1, 3, 8), (1, 2, 3, 8)))
+@pytest.mark.parametrize("N, G, sp", [
+    *itertools.product((0, 1, 3, 8, 25), (1, 3, 8), (1, 2, 3, 8))])
 def test_each_completion_is_sampled_by_one_rank(N, G, sp):
     """And no prompt is prefilled on two ranks, unless there are fewer prompts than ranks: each rank
     used to prefill all of them, for its part of every group."""
