@@ -7,6 +7,7 @@ What a question about a video is, where questions come from, and which are held 
     open_video     any usual file, folder of pictures or picture, or a built-in video
     fingerprint    the content of a video, whatever its name
     make_prompts   the prompts of a step's samples, each video encoded once
+    fetch          a prompt's vision tokens, at the time they are needed
 """
 import hashlib
 import os
@@ -19,6 +20,7 @@ import rewards
 import toy
 from flow import PromptError, Sample, VideoError
 from plumbing import store
+from plumbing.fetching import refuse_changes, without_tokens
 from plumbing.formats import guess_domain, read_records, sample_fields
 from plumbing.ranks import on_first
 from plumbing.video import open_file
@@ -161,6 +163,7 @@ def make_prompts(run, samples, room):
 
     room: tokens that a completion may have. All sp ranks call this with the same samples. A video
     that cannot be read and a prompt that is too long are dropped, never replaced and never cut.
+    The prompts hold no vision tokens: a step's videos may be more than fit in memory. See `fetch`.
     """
     def key_or_error(sample):
         try:
@@ -179,10 +182,25 @@ def make_prompts(run, samples, room):
             prompt = vlm.make_prompt(run.model, run.tokenizer, sample.question, vision, grid,
                                      seconds, key)
             vlm.check_length(run.model, prompt, room, most)
-            prompts.append((sample, prompt))
+            prompts.append((sample, without_tokens(replace(prompt, video=sample.video))))
         except (VideoError, PromptError) as e:
             dropped[sample.id] = str(e)
     return prompts, dropped
+
+
+def fetch(run, prompts):
+    """The prompts with their vision tokens: from the cache, or else encoded again. -> a list
+
+    All sp ranks call this with the same prompts in the same order. Raises VideoError if a video
+    can no longer be read, or has changed.
+    """
+    fetched = []
+    for prompt in prompts:
+        if prompt.vision.is_meta:
+            vision, *_ = vision_tokens(run, prompt.video, prompt.key)
+            prompt = replace(prompt, vision=vision)
+        fetched.append(prompt)
+    return fetched
 
 
 def video_key(run, path):
@@ -200,28 +218,12 @@ def vision_tokens(run, path, key):
     """
     if isinstance(key, VideoError):
         raise key
-    open_for_key = partial(open_unchanged, run, path, key)
-    encode_now = partial(vlm.encode_video, run.model, open_for_key, run.ranks)
-    return run.cache.get(key, encode_now, run.ranks)
+    def open_for_key():
+        video = run.ahead.open(path, key) if run.ahead else open_video(path, run.config.frames)
+        return refuse_changes(video, partial(video_key, run, path), key)
 
-
-def open_unchanged(run, path, key):
-    """-> the `Video` whose `video_key` was key. Its read raises VideoError once the content is
-    another."""
-    if run.ahead:
-        video = run.ahead.open(path, key)
-    else:
-        video = open_video(path, run.config.frames)
-
-    def read(lo, hi):
-        frames = video.read(lo, hi)        # of the video's size, or resized by a reading thread
-        # The key was made before the frames were read. If the file was written to meanwhile, their
-        # tokens would be stored as those of the old content, for this run and later ones.
-        if video_key(run, path) != key:
-            raise VideoError(f"{path}: changed while it was read")
-        return frames
-
-    return replace(video, read=read)
+    return run.cache.get(key, partial(vlm.encode_video, run.model, open_for_key, run.ranks),
+                         run.ranks)
 
 
 def read_ahead(run, samples):

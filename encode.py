@@ -10,6 +10,7 @@ MR-SP (LongVILA-R1, section 5): one long video shared out over the ranks.
 The calls from a question to its vision tokens, each made by the one above it:
 
     data.make_prompts     names each video by its content: its key in the cache
+    data.fetch            gives a prompt its vision tokens when they are needed
     Cache.get             returns the tokens from memory or disk, or has them made:
     model.encode_video    says how the video's frames become patches
     encode                has each sp rank encode its own frames, and gathers all of them
@@ -146,14 +147,19 @@ class Cache:
                 entry = make()
             else:
                 entry = self.read_or_make(key, make, ranks)
-            vision, *about = entry
-            self.kept[key] = (vision.cpu(), *about)
-            self.bytes += vision.nbytes
-            while self.bytes > self.most and len(self.kept) > 1:
-                _, oldest = self.kept.popitem(last=False)
-                self.bytes -= oldest[0].nbytes
+            self.keep(key, *entry)
         self.kept.move_to_end(key)
         return self.kept[key]
+
+    def keep(self, key, vision, *about):
+        """Keep an entry, as make() returns it, in memory."""
+        if key in self.kept:
+            return
+        self.kept[key] = (vision.cpu(), *about)
+        self.bytes += vision.nbytes
+        while self.bytes > self.most and len(self.kept) > 1:
+            _, oldest = self.kept.popitem(last=False)
+            self.bytes -= oldest[0].nbytes
 
     def read_or_make(self, key, make, ranks):
         """sp rank 0 reads for all; where the disk has no such entry, all make it and rank 0 writes

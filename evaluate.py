@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -21,8 +22,9 @@ import encode
 import model as vlm
 import rewards
 from curriculum import Curriculum
-from flow import Ranks, Run
+from flow import Run
 from plumbing import command_line
+from plumbing.fetching import fetch_in_rounds
 from plumbing.grades import append, begin, read_grades
 from plumbing.metrics import mean
 from plumbing.plots import draw_sweep, eval_table
@@ -110,15 +112,9 @@ def evaluate(run, samples, k=0, grades=None, think_least=0):
     c, ranks = run.config, run.ranks
     prompts, dropped = data.make_prompts(run, samples[ranks.dp_rank::ranks.dp],
                                          room(run.tokenizer, **budgets(c)))
-    # Greedy decoding has no group to split: each sp rank takes its own part of the prompts, unless
-    # one engine serves all sp ranks.
-    one_engine = run.engine is not None and run.engine.shared
-    if not one_engine:
-        prompts = prompts[ranks.sp_rank::ranks.sp]
     greedy, sampled = ask(run, prompts, k, think_least)
-    if one_engine and ranks.sp_rank:
-        prompts = []                                       # sp rank 0 has the same, and grades it
-    answers, ungraded = verify(prompts, greedy, sampled, c.format_weight)
+    mine = slice(ranks.sp_rank, None, ranks.sp)            # all sp ranks have the same answers
+    answers, ungraded = verify(prompts[mine], greedy[mine], sampled[mine], c.format_weight)
     answers = [a for part in gather(answers, ranks) for a in part]
     dropped = merged(dropped | ungraded, ranks)
     if not answers:
@@ -145,8 +141,8 @@ def ask(run, prompts, k, think_least):
     completion, and a list of group_size sampled completions (empty if k is 0)"""
     c = run.config
     only_prompts = [prompt for _, prompt in prompts]
-    how = {"ranks": Ranks(device=run.ranks.device), "max_tokens": c.max_tokens,
-           "engine": run.engine, **budgets(c)}
+    how = {"ranks": run.ranks, "max_tokens": c.max_tokens, "engine": run.engine,
+           "fetch": partial(fetch_in_rounds, run, data.fetch), **budgets(c)}
     keys = [[("greedy",)] for _ in prompts]
     greedy = rollout(run.model, run.tokenizer, only_prompts, keys, greedy=True,
                      **how | {"think_least": think_least})
@@ -237,8 +233,9 @@ def grade_part(run, samples):
     prompts, dropped = data.make_prompts(run, samples[ranks.dp_rank::ranks.dp],
                                          room(run.tokenizer, **budgets(c)))
     keys = [[(c.seed, "grade", sample.id, n) for n in range(c.group_size)] for sample, _ in prompts]
-    completions = rollout(run.model, run.tokenizer, [prompt for _, prompt in prompts], keys, ranks,
-                          c.max_tokens, c.stage2, run.engine, **budgets(c))
+    completions = rollout(
+        run.model, run.tokenizer, [prompt for _, prompt in prompts], keys, ranks, c.max_tokens,
+        c.stage2, run.engine, partial(fetch_in_rounds, run, data.fetch), **budgets(c))
     verdicts = on_first(lambda: [rewards.verify(sample, answers, c.format_weight)
                                  for (sample, _), answers in zip(prompts, completions)], ranks)
     correct = {}

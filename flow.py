@@ -1,5 +1,4 @@
-"""
-The data that flows through the method, in the order in which it is made:
+"""The data that flows through the method, in the order in which it is made:
 
     Sample --> Video --> Prompt --> Group of G Completions --> Rewards --> advantages --> loss
 """
@@ -58,10 +57,11 @@ class Prompt:
     """What the language model reads before it answers: P ids, V of them vision tokens."""
     ids: torch.Tensor        # [P] long, one vision pad for each vision token
     positions: torch.Tensor  # [3, P] long, M-RoPE: time, height, width
-    vision: torch.Tensor     # [V, D] on the CPU; has a gradient only while the vision tower trains
+    vision: torch.Tensor     # [V, D]; on "meta", without memory, until `data.fetch` brings it
     grids: list              # (t, h, w) in patches of each run of vision tokens
     seconds: float = 0.0     # between two temporal patches
     key: str = ""            # the video's name in the cache
+    video: str = ""          # its path, to encode it again where the cache no longer has it
 
 
 @dataclass

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
@@ -24,7 +23,7 @@ from flow import Completion, Ranks
 from plumbing.batches import cut, own_shares
 from plumbing.command_line import check_choice, check_range, parse
 from plumbing.families import decode, tokenize
-from plumbing.ranks import run_command, start
+from plumbing.ranks import gather_sp, run_command, start
 from plumbing.sharding import gathered
 from plumbing.streams import uniform
 from plumbing.vllm_engine import vllm_rollout
@@ -304,35 +303,38 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     return [completions[at:at + G] for at in range(0, len(completions), G)]
 
 
+def all_at_once(prompts):
+    yield range(len(prompts)), prompts
+
+
 def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=False, engine=None,
-            **how):
+            fetch=all_at_once, **how):
     """`sample`, shared out: each sp rank samples its share, and all ranks end with the whole
     groups. -> N lists of G `Completion`s
 
     max_tokens: the most prefix tokens, padding included, decoded at once; stage2: the prefill is
     shared out too (each rank must have completions to sample); engine: a
-    `plumbing.vllm_engine.VLLM`, None: torch; how: the other arguments of `sample`.
+    `plumbing.vllm_engine.VLLM`, None: torch; fetch(prompts) yields (places, prompts with their
+    vision tokens), as `plumbing.fetching.fetch_in_rounds`; how: the other arguments of `sample`.
     """
     how = {"forced": FORCED_TEXT, **how}
     if engine is not None and engine.shared:
         ranks = ALONE                                      # one engine samples for all sp ranks
     prefill_ranks = ranks if stage2 and engine is None else ALONE
-    shares = own_shares(prompts, len(keys[0]) if keys else 0, ranks, prefill_ranks.sp > 1)
-    own_prompts = [prompts[i] for i, _, _ in shares]
-    own_keys = [keys[i][lo:hi] for i, lo, hi in shares]
-    if engine is None:
-        completions = torch_rollout(
-            model, tokenizer, own_prompts, own_keys, max_tokens, prefill_ranks, how)
-    else:
-        completions = vllm_rollout(engine, model, own_prompts, own_keys, how)
-    parts = [[(i, part) for (i, _, _), part in zip(shares, completions)]]
-    if ranks.sp > 1:
-        parts = parts * ranks.sp
-        dist.all_gather_object(parts, parts[0], group=ranks.group)
     groups = [[] for _ in prompts]
-    for part_of_rank in parts:
-        for i, part in part_of_rank:
-            groups[i] += part
+    for places, fetched in fetch(prompts):
+        shares = own_shares(fetched, len(keys[places[0]]), ranks, prefill_ranks.sp > 1)
+        own_prompts = [fetched[i] for i, _, _ in shares]
+        own_keys = [keys[places[i]][lo:hi] for i, lo, hi in shares]
+        if engine is None:
+            completions = torch_rollout(
+                model, tokenizer, own_prompts, own_keys, max_tokens, prefill_ranks, how)
+        else:
+            completions = vllm_rollout(engine, model, own_prompts, own_keys, how)
+        sampled = {places[i]: part for (i, _, _), part in zip(shares, completions)}
+        for parts in gather_sp(sampled, ranks):
+            for place, part in parts.items():
+                groups[place] += part
     return groups
 
 

@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -27,8 +28,8 @@ import rewards
 import toy
 from curriculum import Curriculum, balanced, has_signal
 from flow import Group, Ranks, Run
-from plumbing import command_line, metrics
-from plumbing.batches import micro_batches, rank_share, sharers, split, taught_group, token_counts
+from plumbing import batches, command_line, metrics
+from plumbing.fetching import fetch_in_rounds, fetch_own, keep
 from plumbing.grades import read_grades
 from plumbing.metrics import Clock, Meter, mean
 from plumbing.optimizer import falling, update, warmed_up
@@ -141,7 +142,7 @@ def reinforce(run, stage, by_id, held_out):
             completions = rollout(
                 run.model, run.tokenizer, [group.prompt for group in groups],
                 completion_keys(c, step, groups, drawn), ranks, c.max_tokens, c.stage2, run.engine,
-                **budgets(c))
+                partial(fetch_in_rounds, run, data.fetch), **budgets(c))
 
         # 4. Verify. A reward for each completion; its advantage is how far it is above its group.
         with clock("verify"):
@@ -165,13 +166,15 @@ def reinforce(run, stage, by_id, held_out):
         #    (GLM-4.1V §5.4). Its loss is divided by what the update has over all ranks.
         norms, balance, skipped = [], [], 0
         with clock("train"):
-            for part in split(kept, c.updates_per_rollout):
-                destination, imbalance = deal_groups(token_counts(part, facts), ranks)
-                mine = send_groups(groups, destination, ranks)
+            for part in batches.split(kept, c.updates_per_rollout):
+                destination, imbalance = deal_groups(batches.token_counts(part, facts), ranks)
+                mine = send_groups(groups, destination, ranks,
+                                   partial(data.fetch, run), partial(keep, run))
                 divisor = loss_divisor(part, facts, c)
-                for batch in micro_batches(rank_share(mine, c, ranks), c.max_tokens, run):
-                    logprobs, entropy = vlm.logprobs(run.model, batch.prompts, batch.tokens,
-                                                     run.banned, ranks=sharers(c, ranks))
+                for batch in batches.micro_batches(mine, c.max_tokens, run):
+                    prompts = data.fetch(run, batch.prompts)       # from the cache: MR-SP's reuse
+                    logprobs, entropy = vlm.logprobs(run.model, prompts, batch.tokens, run.banned,
+                                                     ranks=batches.sharers(c, ranks))
                     loss, clip_counts = grpo.policy_loss(
                         logprobs, batch.old_logprobs, batch.advantages, batch.sampled,
                         c.clip_low, c.clip_high, c.loss_average, divisor)
@@ -293,8 +296,7 @@ def cold_start(run, stage, by_id, held_out, tower_trains):
         else:                              # the sp ranks encode together; each trains on its part
             prompts, dropped = data.make_prompts(run, samples[ranks.dp_rank::ranks.dp],
                                                  room(run.tokenizer, **budgets(c)))
-            if not c.stage2:
-                prompts = prompts[ranks.sp_rank::ranks.sp]
+            prompts = fetch_own(run, data.fetch, prompts)
             stage.drop(merged(dropped, ranks))
             if step + 1 < c.sft_steps:
                 data.read_ahead(run, [by_id[id] for id in curriculum.peek(c.sft_batch)])
@@ -320,16 +322,13 @@ def teach(run, prompts, texts, stage2=False):
     Gradients are left to be summed over the ranks. prompts: [(`Sample`, `Prompt`)]. -> the loss"""
     c, ranks = run.config, run.ranks
     end = vlm.stop_ids(run.model, run.tokenizer)[:1]
-    groups = []
-    for (sample, prompt), text in zip(prompts, texts):
-        tokens = run.tokenizer(text, add_special_tokens=False).input_ids + end
-        groups.append(taught_group(sample, prompt, torch.tensor(tokens)))
+    groups = batches.taught_groups(run.tokenizer, prompts, texts, end)
     # With stage 2 each sp rank has the loss of all tokens of its group.
     share = 1 / ranks.sp if stage2 else 1
     mine = sum(len(group.completions[0].tokens) for group in groups)
     total = sum(gather(mine, ranks)) * share
     sum_of_losses = 0.0
-    for batch in micro_batches(groups, c.max_tokens, run, longest_first=False):
+    for batch in batches.taught_batches(groups, c.max_tokens, run):
         logprobs, _ = vlm.logprobs(run.model, batch.prompts, batch.tokens, run.banned,
                                    ranks=ranks if stage2 else Ranks())                 # [N, L]
         loss = -(logprobs * batch.sampled).sum() / total

@@ -22,23 +22,38 @@ class Batch:
     advantages: torch.Tensor    # [N] float32
 
 
-def micro_batches(groups, max_tokens, run, longest_first=True):
-    """Yields the groups as `Batch`es of at most max_tokens positions, padding included. A group
-    that has more by itself is a batch of its own.
+def micro_batches(groups, max_tokens, run):
+    """Yields this rank's share of the groups as `Batch`es of at most max_tokens positions, padding
+    included. A group that has more by itself is a batch of its own.
 
-    Longest first pads little, and no other order has fewer batches. Inside a batch the groups stay
-    in their order. Sharded parameters (FSDP) are gathered by all ranks together: then every rank
-    gets as many batches as the rank with the most, and the last ones may have weight zero.
+    groups: those of this dp group. All its sp ranks get batches of the same prompts in the same
+    order, since they fetch the vision tokens together. Longest first pads little, and no other
+    order has fewer batches. Inside a batch the groups stay in their order.
     """
-    order = list(range(len(groups)))
-    if longest_first:
-        order.sort(key=lambda i: group_length(groups[i]), reverse=True)
-    parts = list(cut(order, lambda i: group_length(groups[i]), max_tokens))
+    def length(i):
+        return longest_share(groups[i], run.config, run.ranks)
+
+    order = sorted(range(len(groups)), key=length, reverse=True)
+    parts = []
+    for part in cut(order, length, max_tokens):
+        parts.append([rank_share(groups[i], run.config, run.ranks) for i in sorted(part)])
+    return make_batches(parts, run)
+
+
+def taught_batches(groups, max_tokens, run):
+    """As `micro_batches`, of groups that are this rank's alone, in their order."""
+    return make_batches(list(cut(groups, group_length, max_tokens)), run)
+
+
+def make_batches(parts, run):
+    """Yields a `Batch` of each list of groups. Sharded parameters (FSDP) are gathered by all ranks
+    together: then every rank gets as many batches as the rank with the most, and the last ones may
+    have weight zero."""
     missing = 0
     if isinstance(run.model, FSDPModule):
         missing = max(gather(len(parts), run.ranks)) - len(parts)
     for part in parts:
-        yield make_batch([groups[i] for i in sorted(part)], run.ranks.device)
+        yield make_batch(part, run.ranks.device)
     for _ in range(missing):
         yield make_batch([weightless_group(run)], run.ranks.device)
 
@@ -83,9 +98,15 @@ def weightless_group(run):
     return one_completion(None, prompt, token, torch.zeros(1, dtype=torch.bool, device=device))
 
 
-def taught_group(sample, prompt, tokens):
-    """A text that a teacher wrote, as the only completion of its prompt. tokens: long [L]"""
-    return one_completion(sample, prompt, tokens, torch.ones(len(tokens), dtype=torch.bool))
+def taught_groups(tokenizer, prompts, texts, end):
+    """Each text that a teacher wrote, as the only completion of its prompt. prompts: [(`Sample`,
+    `Prompt`)]; end: ids that follow every text"""
+    groups = []
+    for (sample, prompt), text in zip(prompts, texts):
+        tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids + end)
+        groups.append(one_completion(
+            sample, prompt, tokens, torch.ones(len(tokens), dtype=torch.bool)))
+    return groups
 
 
 def one_completion(sample, prompt, tokens, sampled):
@@ -102,14 +123,19 @@ def token_counts(slots, facts):
     return counts
 
 
-def rank_share(groups, c, ranks):
-    """Each group with the completions that this rank trains on: all of them if the sequence is
-    sharded (stage 2), else 1/sp."""
+def rank_share(group, c, ranks):
+    """A group with the completions that this rank trains on: all of them if the sequence is sharded
+    (stage 2), else 1/sp."""
     if c.stage2:
-        return groups
+        return group
     lo, hi = shard(c.group_size, ranks.sp_rank, ranks.sp)
-    return [replace(group, completions=group.completions[lo:hi], advantages=group.advantages[lo:hi])
-            for group in groups]
+    return replace(group, completions=group.completions[lo:hi], advantages=group.advantages[lo:hi])
+
+
+def longest_share(group, c, ranks):
+    """Positions of a group's packed sequence on the sp rank that has the most."""
+    shares = [rank_share(group, c, replace(ranks, sp_rank=rank)) for rank in range(ranks.sp)]
+    return max(map(group_length, shares))
 
 
 def sharers(c, ranks):

@@ -191,49 +191,41 @@ def deal_groups(tokens, ranks):
     return destination, max(loads) * ranks.dp / sum(loads)
 
 
-def prompt_tensors(prompt):
-    return {name: x for name, x in vars(prompt).items() if isinstance(x, torch.Tensor)}
-
-
-def send_groups(groups, destination, ranks):
+def send_groups(groups, destination, ranks, fetch, keep):
     """Send groups from the dp groups that rolled them out, slot % dp, to those that train on them.
 
-    groups: this rank's; destination: {slot: dp group}, equal on all ranks. Sp rank s sends to sp
-    rank s, since each of them has the whole group. A prompt's tensors, which may be gigabytes, are
-    sent as they are; the rest of a group as an object. -> groups to train on here, by slot
+    groups: this rank's; destination: {slot: dp group}, equal on all ranks; fetch(prompts) -> with
+    their vision tokens; keep(prompt) is called with each prompt that arrives, -> what stays in its
+    group. Sp rank s sends to sp rank s, one group after another: vision tokens, which may be
+    gigabytes, as they are, and the rest as an object. -> groups to train on here, by slot
     """
     here = {group.slot: group for group in groups}
-    mine, transfers = [], []
+    mine = []
     for slot, to in sorted(destination.items()):           # same order on all ranks: no deadlock
         home = slot % ranks.dp
         if home == to == ranks.dp_rank:
             mine.append(here[slot])
         elif home == ranks.dp_rank:
             peer = to * ranks.sp + ranks.sp_rank
-            tensors = prompt_tensors(here[slot].prompt)
-            shapes = {name: x.to("meta").contiguous() for name, x in tensors.items()}
-            hollow = replace(here[slot].prompt, **shapes)
-            dist.send_object_list([replace(here[slot], prompt=hollow)], peer, use_batch=True)
-            for x in tensors.values():
-                x = x.to(ranks.device).contiguous()
-                transfers.append(dist.P2POp(dist.isend, x, peer))
+            [prompt] = fetch([here[slot].prompt])
+            vision = prompt.vision.to(ranks.device).contiguous()
+            without = replace(here[slot], prompt=replace(prompt, vision=vision.to("meta")))
+            dist.send_object_list([without], peer, use_batch=True)
+            transfer(dist.isend, vision, peer)
         elif to == ranks.dp_rank:
             peer = home * ranks.sp + ranks.sp_rank
             box = [None]
             dist.recv_object_list(box, peer, use_batch=True)
-            received = {}
-            for name, shape in prompt_tensors(box[0].prompt).items():
-                received[name] = torch.empty_like(shape, device=ranks.device)
-                transfers.append(dist.P2POp(dist.irecv, received[name], peer))
-            mine.append(replace(box[0], prompt=replace(box[0].prompt, **received)))
-    if transfers:
-        for work in dist.batch_isend_irecv(transfers):
-            work.wait()
-    for i, group in enumerate(mine):
-        tensors = prompt_tensors(group.prompt)
-        on_cpu = {name: x.to("cpu").contiguous() for name, x in tensors.items()}
-        mine[i] = replace(group, prompt=replace(group.prompt, **on_cpu))
+            vision = torch.empty_like(box[0].prompt.vision, device=ranks.device)
+            transfer(dist.irecv, vision, peer)
+            prompt = keep(replace(box[0].prompt, vision=vision.cpu()))
+            mine.append(replace(box[0], prompt=prompt))
     return mine
+
+
+def transfer(operation, x, peer):
+    for work in dist.batch_isend_irecv([dist.P2POp(operation, x, peer)]):
+        work.wait()
 
 
 def gather(x, ranks):
@@ -242,6 +234,15 @@ def gather(x, ranks):
         return [x]
     every = [None] * ranks.world
     dist.all_gather_object(every, x)
+    return every
+
+
+def gather_sp(x, ranks):
+    """x of every sp rank of this dp group, as a list in the order of ranks."""
+    if ranks.sp == 1:
+        return [x]
+    every = [None] * ranks.sp
+    dist.all_gather_object(every, x, group=ranks.group)
     return every
 
 
@@ -268,10 +269,7 @@ def together(work, ranks):
         result = work()
     except (ValueError, OSError) as e:                     # bad input; a bug ends the run at once
         error = e
-    if ranks.sp > 1:
-        errors = [None] * ranks.sp
-        dist.all_gather_object(errors, error, group=ranks.group)
-        error = next((e for e in errors if e is not None), None)
+    error = next((e for e in gather_sp(error, ranks) if e is not None), None)
     if error is not None:
         raise error
     return result

@@ -20,13 +20,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import encode
 import grpo
 import model as vlm
 import train
 from curriculum import DECAY
 from flow import Completion, Group, Ranks, Run, Sample
-from plumbing.batches import micro_batches, rank_share, sharers
+from plumbing.batches import micro_batches, sharers
 from plumbing.metrics import Meter
 from plumbing.optimizer import update
 
@@ -312,8 +313,9 @@ def learn(run, groups, divisor):
     """Backward of the clipped objective over this rank's groups, as part 6 of the RL loop does it.
     -> sums over the trained tokens of all ranks. (test_train.py holds the two together.)"""
     c, ranks, meter = run.config, run.ranks, Meter()
-    for batch in micro_batches(rank_share(groups, c, ranks), c.max_tokens, run):
-        logprobs, entropy = vlm.logprobs(run.model, batch.prompts, batch.tokens, run.banned,
+    for batch in micro_batches(groups, c.max_tokens, run):
+        prompts = data.fetch(run, batch.prompts)
+        logprobs, entropy = vlm.logprobs(run.model, prompts, batch.tokens, run.banned,
                                          ranks=sharers(c, ranks))
         loss, clipped = grpo.policy_loss(
             logprobs, batch.old_logprobs, batch.advantages, batch.sampled,

@@ -94,12 +94,12 @@ def test_the_groups_of_a_step_are_split_as_even_as_can_be():
 @pytest.mark.method
 def test_the_sp_ranks_share_out_each_group_and_with_stage_2_none_does(tiny):
     groups = [group_of(slot, *tiny) for slot in STEPS["even"]]
-    shares = [rank_share(groups, config(), Ranks(sp=2, sp_rank=rank)) for rank in range(2)]
-    for group, first, second in zip(groups, *shares):
+    for group in groups:
+        first, second = (rank_share(group, config(), Ranks(sp=2, sp_rank=rank)) for rank in (0, 1))
         assert first.completions + second.completions == group.completions
         assert torch.equal(torch.cat([first.advantages, second.advantages]), group.advantages)
         assert len(first.completions) == 2
-    assert rank_share(groups, config(stage2=True), Ranks(sp=2, sp_rank=1)) == groups
+        assert rank_share(group, config(stage2=True), Ranks(sp=2, sp_rank=1)) is group
 
 
 # --------------------------------------------------------------------------------------------------

@@ -471,7 +471,7 @@ def test_an_error_of_a_film_read_ahead_reaches_its_own_samples_alone(tmp_path, t
                 thread.join()
         clip(paths[2], 55)
         prompts, dropped = data.make_prompts(run, samples, 4)
-        both.append(([(s.id, p.key, p.vision) for s, p in prompts], dropped))
+        both.append(([(s.id, p.key, data.fetch(run, [p])[0].vision) for s, p in prompts], dropped))
         if reads_ahead:
             run.ahead.stop()
     (right, right_dropped), (got, dropped) = both

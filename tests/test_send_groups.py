@@ -43,6 +43,11 @@ def in_bfloat16(group):
     return replace(group, prompt=replace(group.prompt, vision=group.prompt.vision.bfloat16()))
 
 
+def same_prompt(prompt):
+    """These prompts hold their vision tokens: nothing is fetched or kept."""
+    return prompt
+
+
 def dealt_step(slots, ranks, stage2, most):
     """One optimizer step over slots. -> slots before and after on each rank, whether all came as
     they were, sums of metrics, norm, gradient"""
@@ -53,9 +58,10 @@ def dealt_step(slots, ranks, stage2, most):
     tokens = {slot: group_length(group) for slot, group in groups.items()}
     destination, _ = deal_groups(tokens, ranks)
     own = [groups[slot] for slot in slots if slot % ranks.dp == ranks.dp_rank]
-    mine = send_groups(own, destination, ranks)
+    mine = send_groups(own, destination, ranks, list, same_prompt)
     short = {slot: in_bfloat16(group) for slot, group in groups.items()}
-    mine_short = send_groups([short[group.slot] for group in own], destination, ranks)
+    mine_short = send_groups(
+        [short[group.slot] for group in own], destination, ranks, list, same_prompt)
     alike = unchanged(mine, groups) and unchanged(mine_short, short)
     sums = learn(run, mine, len(slots) * 4)
     before, after, alike = zip(*gather(

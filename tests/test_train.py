@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,8 @@ import rewards
 import toy
 import train
 from flow import Group
+from plumbing import batches
+from plumbing.fetching import fetch_in_rounds, fetch_own
 from plumbing.ranks import gather, leave, merged, start
 from rollout import room
 
@@ -94,7 +97,7 @@ def align_step(run, _):
 
 
 def sft_step(run, questions):
-    share = prompts_of(run, questions)[run.ranks.sp_rank::run.ranks.sp]
+    share = fetch_own(run, data.fetch, prompts_of(run, questions))
     texts = [data.taught_text(sample) + "so " * int(sample.id[1:])     # of different lengths
              for sample, _ in share]
     return train.teach(run, share, texts)
@@ -106,7 +109,8 @@ def rl_step(run, questions):
     prompts = prompts_of(run, questions)
     keys = [[(0, 0, sample.id, n) for n in range(c.group_size)] for sample, _ in prompts]
     completions = train.rollout(run.model, run.tokenizer, [prompt for _, prompt in prompts], keys,
-                                ranks, think_budget=8, answer_budget=6)
+                                ranks, fetch=partial(fetch_in_rounds, run, data.fetch),
+                                think_budget=8, answer_budget=6)
     advantages = grpo.advantages(torch.tensor([1.0, 0, 0.1, 0.3]))
     groups = [Group(slot, sample, prompt, answers, None, advantages)
               for slot, ((sample, prompt), answers) in enumerate(zip(prompts, completions))]
@@ -211,7 +215,7 @@ def test_the_loss_taught_is_the_mean_over_the_tokens_of_the_step_and_the_end_tok
     run = run_of(model, tokenizer)
     samples = [data.Sample(str(i), "Heads? A. yes B. no", "A", "choice", f"toy:{i}:1", "so")
                for i in range(3)]
-    prompts, _ = data.make_prompts(run, samples, 40)
+    prompts = fetch_own(run, data.fetch, data.make_prompts(run, samples, 40)[0])
     texts = ["<think>so</think><answer>A</answer>", "<think>" + "so " * 9, "no"]
     sums, n = 0.0, 0
     for (_, prompt), text in zip(prompts, texts):
@@ -321,13 +325,13 @@ def test_a_step_trains_on_the_balanced_groups_and_notes_them_all(run, tmp_path, 
     """Half of the questions have no right answer. Kept are at most prompts_per_step groups, all
     others are noted too; what the cap does to the ratio is said; with a cap of 1 nothing is asked
     beyond prompts_per_step, and nothing is said."""
-    trained, out, real = [], str(tmp_path / "out"), train.micro_batches
+    trained, out, real = [], str(tmp_path / "out"), batches.micro_batches
 
     def micro_batches(groups, *rest):
         trained.append([group.sample.id for group in groups])
         return real(groups, *rest)
 
-    monkeypatch.setattr(train, "micro_batches", micro_batches)
+    monkeypatch.setattr(batches, "micro_batches", micro_batches)
     path = write(tmp_path / "q.jsonl", *[question(i, answer="Z" if i < 9 else "A")
                                          for i in range(12)])
     alone(**{**run.how, "model": run.model, "data": path, "sft_steps": 0, "rl_steps": 6,
