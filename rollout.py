@@ -335,6 +335,7 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=Fal
         for parts in gather_sp(sampled, ranks):
             for place, part in parts.items():
                 groups[place] += part
+        del fetched, own_prompts                           # before the next round's tokens come
     return groups
 
 

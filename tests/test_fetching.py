@@ -1,0 +1,147 @@
+"""python -m pytest tests/test_fetching.py -q
+
+How many vision tokens are in a rank's memory at once, and that a step is the same when they are
+fetched again and again. This file, run as a script by torchrun, is what each rank does.
+"""
+import os
+import sys
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import alone, close, ended, flags, metrics, question, torchrun, write
+
+import model as vlm
+import train
+from plumbing.fetching import rounds
+
+VIDEOS = 24                # questions, each about a video of its own
+STEP = dict(sft_steps=0, rl_steps=2, prompts_per_step=12, updates_per_rollout=1, oversample_cap=1,
+            eval_every=0, save_every=9, show_every=0, eval_samples=1, max_tokens=1)
+
+
+class Watch:
+    """Counts the vision tokens that the tower made and that are still alive, in bytes."""
+
+    def __init__(self):
+        self.encoded, self.kept = [], []                   # videos
+        self.alive, self.most = 0, 0
+        self.largest = 0
+        self.encode_video, self.keep = vlm.encode_video, train.keep
+
+    def __enter__(self):
+        vlm.encode_video, train.keep = self.watched_encode, self.watched_keep
+        return self
+
+    def __exit__(self, *_):
+        vlm.encode_video, train.keep = self.encode_video, self.keep
+
+    def watched_encode(self, model, open_video, ranks):
+        vision, *about = self.encode_video(model, open_video, ranks)
+        self.encoded.append(open_video().path)
+        self.count(vision)
+        return vision, *about
+
+    def watched_keep(self, run, prompt):
+        self.kept.append(prompt.video)
+        self.count(prompt.vision)
+        return self.keep(run, prompt)
+
+    def count(self, vision):
+        self.alive += vision.nbytes
+        self.most = max(self.most, self.alive)
+        self.largest = max(self.largest, vision.nbytes)
+        weakref.finalize(vision, self.forget, vision.nbytes)
+
+    def forget(self, size):
+        self.alive -= size
+
+
+def videos(tmp_path):
+    return write(tmp_path / "q.jsonl", *map(question, range(100, 100 + VIDEOS)))
+
+
+@pytest.mark.method
+def test_a_round_has_what_fits_in_memory_or_is_decoded_at_once():
+    prompts = [SimpleNamespace(vision=torch.zeros(n), ids=[0] * n) for n in (4, 4, 2, 9, 1, 1)]
+    order = [3, 0, 1, 2, 4, 5]
+
+    def cut(most_bytes, most_ids):
+        return list(rounds(order, prompts, most_bytes, most_ids))
+
+    assert cut(1 << 20, 0) == cut(0, 1 << 20) == [order]
+    assert cut(0, 0) == [[i] for i in order]
+    assert cut(4 * 8, 0) == cut(0, 8) == [[3], [0, 1], [2, 4, 5]]
+    assert cut(4 * 13, 8) == cut(4 * 8, 13) == [[3, 0], [1, 2, 4, 5]]
+    assert list(rounds([], prompts, 0, 0)) == []
+
+
+def test_a_step_holds_no_more_than_the_cache_may(run, tmp_path):
+    """All prompts of a step held their vision tokens until its end, whatever cache_gb was: 450 GB
+    of a machine's memory for 512 films. The numbers of the step are the same."""
+    how = {**run.how, **STEP, "model": run.model, "data": videos(tmp_path)}
+    size, peaks = size_of_one(run), {}
+    for name, held in (("few", 3), ("all", VIDEOS)):
+        with Watch() as watch:
+            alone(**how, cache_gb=held * size / 2 ** 30, out_dir=tmp_path / name)
+        peaks[name] = watch.most / watch.largest
+        if name == "all":
+            assert len(watch.encoded) == len(set(watch.encoded))       # each frame once in the run
+    assert peaks["few"] <= 3 + 2                           # one that is made, one computed with
+    assert peaks["all"] > 12
+    few, every = metrics(tmp_path / "few", "rl"), metrics(tmp_path / "all", "rl")
+    assert sum(row["valid_groups"] for row in every) > 1
+    close(every[:1], few[:1], 1e-5)
+    close(every, few, 1e-3)
+
+
+def size_of_one(run):
+    """Bytes of one video's vision tokens."""
+    with Watch() as watch:
+        model, _ = vlm.load(run.model)
+        frames = run.how["frames"]
+        vlm.encode_video(model, lambda: train.data.open_video("toy:100:1", frames), train.Ranks())
+    return watch.largest
+
+
+def worker(folder, size, *arguments):
+    """What each of four ranks does, two to a video: a run that keeps three videos, and a run that
+    keeps all."""
+    for name, held in (("few", 3), ("all", VIDEOS)):
+        more = flags(sp=2, cache_gb=held * int(size) / 2 ** 30, out_dir=f"{folder}/{name}")
+        with Watch() as watch:
+            train.main(train.parse([*arguments, *more]))
+        rank = int(os.environ["RANK"])
+        torch.save([watch.most / watch.largest, watch.encoded, watch.kept],
+                   f"{folder}/{name}-{rank}.pt")
+    train.on_first(lambda: None, train.start(2))           # all have written
+    torch.distributed.destroy_process_group()
+
+
+def test_groups_bring_their_vision_tokens_to_other_ranks(run, tmp_path):
+    """Four ranks, two to a video, without a cache on disk. A group that is trained on by the other
+    dp group brings its tokens: nobody encodes them again while they are kept, and what is kept
+    stays within its bound."""
+    how = {**run.how, **STEP, "model": run.model, "data": videos(tmp_path)}
+    alone(**how, out_dir=tmp_path / "alone")
+    size = size_of_one(run)
+    result = ended(torchrun(str(tmp_path), str(size), *flags(**how),
+                            script=os.path.abspath(__file__), world=4))
+    assert result.code == 0, result.err
+    expected = metrics(tmp_path / "alone", "rl")
+    for name, bound in (("few", 3 + 2), ("all", VIDEOS)):
+        close(expected[:1], metrics(tmp_path / name, "rl")[:1], 1e-5)
+        close(expected, metrics(tmp_path / name, "rl"), 1e-3)
+        moved = []
+        for rank in range(4):
+            most, encoded, kept = torch.load(tmp_path / f"{name}-{rank}.pt")
+            assert most <= bound, (name, rank)
+            moved += kept
+            if name == "all":
+                assert len(encoded) == len(set(encoded)) and not set(encoded) & set(kept)
+        assert moved, "no group changed its rank: this test would show nothing"
+
+
+if __name__ == "__main__":
+    worker(*sys.argv[1:])
