@@ -218,12 +218,15 @@ def vision_tokens(run, path, key):
     """
     if isinstance(key, VideoError):
         raise key
-    def open_for_key():
-        video = run.ahead.open(path, key) if run.ahead else open_video(path, run.config.frames)
-        return refuse_changes(video, partial(video_key, run, path), key)
+    open_for_key = partial(open_unchanged, run, path, key)
+    encode_now = partial(vlm.encode_video, run.model, open_for_key, run.ranks)
+    return run.cache.get(key, encode_now, run.ranks)
 
-    return run.cache.get(key, partial(vlm.encode_video, run.model, open_for_key, run.ranks),
-                         run.ranks)
+
+def open_unchanged(run, path, key):
+    """-> the `Video` whose `video_key` was key. Its read raises VideoError once it has another."""
+    video = run.ahead.open(path, key) if run.ahead else open_video(path, run.config.frames)
+    return refuse_changes(video, partial(video_key, run, path), key)
 
 
 def read_ahead(run, samples):
