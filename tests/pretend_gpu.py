@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 aten = torch.ops.aten
 CPU, GPU = torch.device("cpu"), torch.device("meta")
@@ -53,7 +53,18 @@ class FromPython(TorchFunctionMode):
             return function(*args, **kwargs).to(device)
         if function is torch.Tensor.tolist and isinstance(args[0], OnGPU):
             return args[0].cpu().tolist()
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            args = args[0], tree_map(as_index, args[1], is_leaf=is_list), *args[2:]
         return function(*args, **kwargs)
+
+
+def is_list(x):
+    return isinstance(x, list)
+
+
+def as_index(x):
+    """torch would make the list a tensor of the GPU where no mode sees it."""
+    return torch.tensor(x) if is_list(x) else x
 
 
 @contextmanager
@@ -65,6 +76,8 @@ def pretended_gpu():
 def check(op, args, kwargs):
     """Raises RuntimeError if tensors of both devices are given where CUDA does not allow it. It
     allows single numbers of the CPU, and the CPU's indices of a tensor on the GPU."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    assert all(x.device == CPU or isinstance(x, OnGPU) for x in tensors), f"{op}: no values"
     if op in MOVES:
         return
     if op in INDEXED and args[0].device == GPU:

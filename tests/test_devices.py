@@ -2,7 +2,12 @@
 
 No tensor of the CPU meets one of the GPU: the code runs on the pretended GPU of pretend_gpu.py,
 which refuses what CUDA refuses, and the results are the CPU's. Prompts lie on the CPU, as in a run.
+And the list in docs/gpu.md of what only CUDA takes is the code's.
 """
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +30,7 @@ from plumbing.batches import make_batch, weightless_group
 from plumbing.optimizer import make_optimizer, update
 from plumbing.ranks import send_groups
 
+ROOT = Path(bench.__file__).parent
 ON_CPU, ON_GPU = Ranks(), Ranks(device="meta")
 SLOTS = (2, 5)
 KEYS = [[(slot, n) for n in range(3)] for slot in SLOTS]
@@ -91,7 +97,10 @@ def test_the_pretended_gpu_computes_what_cuda_computes():
         y[i, 0] = torch.tensor([5.0, 6.0], device=gpu)
         y[1].copy_(torch.full((3,), 4.0))
         assert y.tolist() == [[5.0, 7.0, 2.0], [4.0, 4.0, 4.0], [6.0, 7.0, 8.0]]
-        assert float(y.sum()) == 47.0 and bool((y > 3).any())
+        assert y[[0, 2], 1:].tolist() == [[7.0, 2.0], [7.0, 8.0]]
+        y[[0, 2], [1, 2]] = 0.0
+        assert y.tolist() == [[5.0, 0.0, 2.0], [4.0, 4.0, 4.0], [6.0, 7.0, 0.0]]
+        assert float(y.sum()) == 32.0 and bool((y > 3).any())
         w = torch.ones(3, 3, device=gpu, requires_grad=True)
         (w @ y).square().sum().backward()
         assert w.grad.device == gpu
@@ -121,21 +130,42 @@ def test_logprobs_and_their_gradients():
         assert equal(of_cpu, outcomes[1][name]), name
 
 
-@pytest.mark.parametrize("how", [{}, {"greedy": True}, {"think_least": 3}, {"forced": None}])
-def test_prefill_and_decoding(how):
-    """The completions lie on the CPU, from where they are sent and stored."""
+def sampled_alike(few=False, **how):
+    """The completions of both devices are the same, and lie on the CPU, from where they are sent
+    and stored. -> those of the CPU"""
     outcomes = []
     for ranks in (ON_CPU, ON_GPU):
         with pretended_gpu():
             model, tokenizer = tiny(ranks)
             prompts = [group.prompt for group in groups(model, tokenizer)]
-            sampled = rollout.rollout(model, tokenizer, prompts, KEYS, ranks, **HOW, **how)
-            outcomes.append(sampled)
-    for of_cpu, of_gpu in zip(*(sum(outcome, []) for outcome in outcomes), strict=True):
+            banned = few_ids(model, tokenizer) if few else None
+            sampled = rollout.rollout(model, tokenizer, prompts, KEYS, ranks, banned=banned,
+                                      **{**HOW, **how})
+            outcomes.append(sum(sampled, []))
+    for of_cpu, of_gpu in zip(*outcomes, strict=True):
         for name in ("tokens", "sampled", "logprobs"):
             assert getattr(of_gpu, name).device == torch.device("cpu")
             assert equal(getattr(of_cpu, name), getattr(of_gpu, name)), name
         assert of_cpu.text == of_gpu.text
+    return outcomes[0]
+
+
+def few_ids(model, tokenizer):
+    """All ids are banned but a stop id and nine others."""
+    banned = torch.ones_like(vlm.banned_ids(model, tokenizer))
+    banned[[*range(300, 309), vlm.stop_ids(model, tokenizer)[0]]] = False
+    return banned
+
+
+@pytest.mark.parametrize("how", [{}, {"greedy": True}, {"think_least": 3}, {"forced": None}])
+def test_prefill_and_decoding(how):
+    sampled_alike(**how)
+
+
+def test_decoding_of_rows_that_end_at_different_steps():
+    lengths = [len(completion.tokens) for completion in sampled_alike(
+        few=True, think_budget=20, answer_budget=8)]
+    assert len(set(lengths)) > 2, lengths
 
 
 def test_a_videos_vision_tokens(tmp_path):
@@ -260,3 +290,54 @@ def test_messages_between_ranks(four_ranks, stage2):
         assert send_groups(drawn[:1], {0: 1}, four_ranks) == []
         learn(run, drawn[1:], 4)
         update(model, make_optimizer(model, 1e-3), 1e-3, four_ranks)
+
+
+# --------------------------------------------------------------------------------------------------
+# what only CUDA takes
+
+def only_on_cuda(path):
+    """The functions of a file, "Class.method", that ask for CUDA or use it; "" is the module."""
+    found = set()
+
+    def visit(node, function):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            return                                         # a docstring
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            function = f"{function}.{node.name}".lstrip(".")
+        words = [getattr(node, name, None) for name in ("id", "attr", "arg", "value")]
+        if any(isinstance(word, str) and re.search("cuda|nccl|accelerator", word)
+               for word in words):
+            found.add(function)
+        if isinstance(node, ast.Compare):
+            compared = [node.left, *node.comparators]
+            if any(isinstance(x, ast.Constant) and x.value == "cpu" for x in compared):
+                found.add(function)
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(ast.parse(path.read_text()), "")
+    return found
+
+
+def test_all_that_only_cuda_takes_is_listed_in_the_docs():
+    """A new branch needs a row in the table of docs/gpu.md, which says what has run it so far."""
+    in_code = set()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]:
+        name = path.relative_to(ROOT).as_posix()
+        in_code |= {(name, function) for function in only_on_cuda(path)}
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    rows = re.findall(r"^\| `([\w/]+\.py)`(?:, `([\w.]+)`)? \|", page, re.M)
+    assert len(rows) == len(set(rows))
+    assert set(rows) - in_code == set(), "listed, but not in the code"
+    assert in_code - set(rows) == set(), "not listed"
+
+
+@pytest.mark.parametrize("code, function", [
+    ("def f():\n    if torch.cuda.is_available():\n        g()", "f"),
+    ("class A:\n    def f(self):\n        self.cuda = 1", "A.f"),
+    ("def f(ranks):\n    return 1 if 'cpu' != ranks.device else 2", "f"),
+    ("fused = weights[0].is_cuda", ""), ("backend = 'nccl'", ""),
+    ("'cuda'\ndef f(device='cpu'):\n    return x.to('cpu')  # cuda", None)])
+def test_what_asks_for_cuda_is_found(tmp_path, code, function):
+    (tmp_path / "a.py").write_text(code)
+    assert only_on_cuda(tmp_path / "a.py") == (set() if function is None else {function})

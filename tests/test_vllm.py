@@ -289,6 +289,19 @@ def test_asleep_it_forgets_its_weights_and_gets_them_at_every_wake(engine, ours,
     assert called == ["sleep 2", "wake", "reload_weights"] * 2
 
 
+def test_the_options_of_a_gpu_are_ones_that_vllm_has(engine, ours, folder, monkeypatch):
+    """What only a GPU is given, through its switch: sleep mode, CUDA graphs, its share of the
+    memory; chunked prefill and the size of blocks are vLLM's own choice there."""
+    from vllm import EngineArgs
+    monkeypatch.setattr(engine, "cuda", True)
+    options = engine.options(ours[0], ALONE, 5000, 0.4, engine.modality == "image")
+    given, chosen = EngineArgs(model=folder, **options), EngineArgs(model=folder)
+    assert given.enable_sleep_mode and not given.enforce_eager
+    assert given.gpu_memory_utilization == 0.4
+    assert given.enable_chunked_prefill == chosen.enable_chunked_prefill
+    assert given.block_size == chosen.block_size
+
+
 @pytest.mark.parametrize("error", [
     RuntimeError("CUDA Error: out of memory at /workspace/csrc/cumem_allocator.cpp:62"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 80 GiB")])
