@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import cached_file
 
-from flow import Pixels
+from flow import Pixels, VideoError
 
 # The last line of every question. plumbing/tiny.py makes each of its words one token.
 INSTRUCTION = ("First reason between <think> and </think>, "
@@ -199,7 +199,7 @@ def frame_size(height, width, px, frames=1):
     tokens, and the area is within the checkpoint's bounds.
 
     height, width: in pixels; px: `Pixels`; frames: how many the video has, which matters if all
-    of them together have bounds. -> (height, width). Raises ValueError if one side is more than
+    of them together have bounds. -> (height, width). Raises VideoError if one side is more than
     200 times the other.
 
     >>> frame_size(720, 1280, Pixels([], [], 14, 2, 2, 28 * 28, 112 * 112))
@@ -211,7 +211,7 @@ def frame_size(height, width, px, frames=1):
         height = int(height * scale)
         width = int(width * scale)
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"frames of {height} x {width}: sides that differ more than 200 times "
+        raise VideoError(f"frames of {height} x {width}: sides that differ more than 200 times "
                          "are not supported")
     original = height, width
     size = round(height / unit) * unit, round(width / unit) * unit

@@ -22,6 +22,9 @@ from plumbing.streams import stream
 
 VERSION = "0.32.0"
 MOST_BANNED = 1024        # ids with a bias of their own, in vLLM's second model runner
+# What vLLM's errors advise to change, and its name here.
+OUR_NAMES = {"gpu_memory_utilization": "vllm_memory", "GPU memory utilization": "vllm_memory",
+             "max_model_len": "vllm_length"}
 LEAST_BATCH = 8192        # tokens; a video with more vision tokens than vLLM's batch is refused
 
 
@@ -91,6 +94,7 @@ class VLLM:
         self.pad = vision_pad(model.config)
         self.shared = share and ranks.sp > 1
         self.cuda = ranks.device != "cpu"
+        self.memory = memory
         self.version = None                # how many updates the weights had that vLLM has
         self.asleep = False
         glm = model.config.model_type == "glm4v"
@@ -100,8 +104,7 @@ class VLLM:
         try:
             self.llm = vllm.LLM(name, **options)
         except (ValueError, NotImplementedError) as e:
-            first_line = str(e).strip().splitlines()[0]
-            raise ValueError(f"vLLM does not start on {name}: {first_line}") from e
+            raise ValueError(f"vLLM does not start on {name}: {in_our_words(e)}") from e
         if glm:
             # vLLM's GLM model takes embeddings, but its reader of requests does not. Qwen's does.
             from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalDataParser
@@ -144,7 +147,7 @@ class VLLM:
         if self.asleep:
             # torch keeps the memory that training freed, and vLLM takes its own from the driver.
             torch.cuda.empty_cache()
-            self.llm.wake_up()
+            self.wake_up()
         elif updates(model) == self.version:
             return
         self.asleep = False
@@ -155,6 +158,16 @@ class VLLM:
         # reload_weights empties the worker's cache of embeddings; the scheduler must know of it.
         self.llm.llm_engine.reset_encoder_cache()
         self.version = updates(model)
+
+    def wake_up(self):
+        """Raises ValueError if the GPU has too little memory beside the trainer's."""
+        try:
+            self.llm.wake_up()
+        except RuntimeError as e:
+            if "out of memory" not in str(e):
+                raise
+            raise ValueError("vLLM does not wake up, the GPU's memory is full: lower vllm_memory "
+                             f"({self.memory:g} of it now). It said: {in_our_words(e)}") from e
 
     def rest(self):
         """Give the GPU's memory to the training that follows. At level 2 vLLM forgets its weights:
@@ -259,6 +272,14 @@ class VLLM:
         return {"prompt_token_ids": ids + written,
                 "multi_modal_data": {self.modality: embeddings},
                 "multi_modal_uuids": {self.modality: names}}
+
+
+def in_our_words(error):
+    """The first line of an error of vLLM's, with the names that its options have here."""
+    line = str(error).strip().splitlines()[0]
+    for theirs, ours in OUR_NAMES.items():
+        line = line.replace(theirs, ours)
+    return line
 
 
 def refuse_missing_weights(inner):

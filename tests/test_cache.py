@@ -481,6 +481,27 @@ def test_an_error_of_a_film_read_ahead_reaches_its_own_samples_alone(tmp_path, t
     assert all(torch.equal(a[2], b[2]) for a, b in zip(got, right))
 
 
+@pytest.mark.parametrize("reads_ahead", [False, True])
+def test_a_video_whose_size_the_tower_cannot_take_is_dropped_alone(tmp_path, tiny, reads_ahead):
+    """The bug: it is read without an error, and the one about its size ended the whole run, in a
+    reading thread or without one."""
+    model, tokenizer = vlm.load(tiny)
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for path, size in zip(paths, [(56, 84), (3, 700), (84, 56)]):
+        Image.new("RGB", size, "red").save(path)
+    samples = [Sample(f"s{i}", "what?", "1", "count", path) for i, path in enumerate(paths)]
+    run = run_of(model, encode.Cache(), train.Config(frames=6))
+    run.tokenizer = tokenizer
+    if reads_ahead:
+        run.ahead = Ahead(data.open_video, 6)
+        data.read_ahead(run, samples)
+    prompts, dropped = data.make_prompts(run, samples, 4)
+    assert [sample.id for sample, _ in prompts] == ["s0", "s2"]
+    assert list(dropped) == ["s1"] and "frames of 700 x 3" in dropped["s1"]
+    if reads_ahead:
+        run.ahead.stop()
+
+
 # --------------------------------------------------------------------------------------------------
 # several processes. A case: (folder, ranks) -> anything, saved under its name
 

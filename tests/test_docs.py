@@ -26,7 +26,7 @@ HEADS = {"Qwen/Qwen2.5-VL-3B-Instruct": (16, 2), "Qwen/Qwen2.5-VL-7B-Instruct": 
          "zai-org/GLM-4.1V-9B-Thinking": (32, 2)}
 # How many commands each shows: a pattern that finds none would test nothing.
 PAGES = [("train.py", 1), ("bench.py", 4), ("evaluate.py", 2), ("rollout.py", 1), ("toy.py", 1),
-         ("README.md", 5), ("docs/gpu.md", 8), ("docs/data.md", 1), ("docs/evaluation.md", 3),
+         ("README.md", 5), ("docs/gpu.md", 9), ("docs/data.md", 1), ("docs/evaluation.md", 3),
          ("docs/evidence.md", 2), ("docs/speed.md", 2), ("docs/speed_log.md", 7),
          ("docs/toy.md", 2)]
 

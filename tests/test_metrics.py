@@ -3,6 +3,7 @@
 What a run logs of itself: every promised key, numbers that mean what docs/metrics.md says, and a
 sampler that is not the trainer.
 """
+import copy
 import math
 import os
 import re
@@ -16,7 +17,7 @@ import model as vlm
 import train
 from flow import Ranks
 from plumbing.metrics import Meter, check_gap
-from rollout import rollout
+from rollout import rollout, sample
 
 STAGE_KEYS = {"step", "stage", "loss", "grad_norm", "skipped", "dropped", "train_s", "peak_mb"}
 RL_KEYS = {"step", "stage", "reward", "accuracy", "format", "length", "forced", "truncated",
@@ -150,3 +151,39 @@ def test_a_run_whose_sampler_has_other_positions_is_ended(run, tmp_path, monkeyp
     monkeypatch.setattr(train, "rollout", rollout_elsewhere)
     refused({**run.how, "model": run.model, "sft_steps": 0, "eval_every": 0,
              "out_dir": str(tmp_path / "out")}, "positions computed in two ways")
+
+
+class OtherSampler:
+    """An engine with a copy of the trainer's weights, of which one is damaged, or which stay those
+    of the first step."""
+    shared = False
+
+    def __init__(self, model, tokenizer, damaged):
+        self.model, self.tokenizer, self.damaged = copy.deepcopy(model), tokenizer, damaged
+
+    def load(self, model):
+        if self.damaged:
+            self.model.load_state_dict(model.state_dict())
+            self.model.model.language_model.layers[1].mlp.down_proj.weight.data.mul_(1.2)
+
+    def sample(self, prompts, keys, **how):
+        return sample(self.model, self.tokenizer, prompts, keys, **how)
+
+    def rest(self):
+        pass
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_run_whose_engine_has_other_weights_is_ended(run, tmp_path, monkeypatch, damaged):
+    """In the first step with groups that have signal, or in the next one, after an update that the
+    engine did not get."""
+    out = str(tmp_path / "out")
+
+    def engine_of(c, name, model, tokenizer, ranks):
+        return OtherSampler(model, tokenizer, damaged)
+
+    monkeypatch.setattr(train, "engine_of", engine_of)
+    refused({**run.how, "model": run.model, "sft_steps": 0, "rl_steps": 7, "eval_every": 0,
+             "lr": 1e-3, "out_dir": out}, "not one model", "weights that were not reloaded")
+    with_signal = [row for row in metrics(out, "rl") if row["valid_groups"]]
+    assert len(with_signal) == (0 if damaged else 1)

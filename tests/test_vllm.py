@@ -23,6 +23,7 @@ import model as vlm
 import rollout
 from flow import Ranks, Run
 from plumbing import sharding
+from plumbing.metrics import check_gap
 from plumbing.optimizer import count_update, update
 from plumbing.ranks import leave, start
 from plumbing.vllm_engine import MOST_BANNED, start_engine
@@ -288,6 +289,62 @@ def test_asleep_it_forgets_its_weights_and_gets_them_at_every_wake(engine, ours,
     assert called == ["sleep 2", "wake", "reload_weights"] * 2
 
 
+def test_the_options_of_a_gpu_are_ones_that_vllm_has(engine, ours, folder, monkeypatch):
+    """What only a GPU is given, through its switch: sleep mode, CUDA graphs, its share of the
+    memory; chunked prefill and the size of blocks are vLLM's own choice there."""
+    from vllm import EngineArgs
+    monkeypatch.setattr(engine, "cuda", True)
+    options = engine.options(ours[0], ALONE, 5000, 0.4, engine.modality == "image")
+    given, chosen = EngineArgs(model=folder, **options), EngineArgs(model=folder)
+    assert given.enable_sleep_mode and not given.enforce_eager
+    assert given.gpu_memory_utilization == 0.4
+    assert given.enable_chunked_prefill == chosen.enable_chunked_prefill
+    assert given.block_size == chosen.block_size
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("CUDA Error: out of memory at /workspace/csrc/cumem_allocator.cpp:62"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 80 GiB")])
+def test_no_memory_to_wake_up_is_one_line_that_names_the_option(engine, ours, monkeypatch, error):
+    """Both kinds of error that vLLM's allocator and torch's raise; other errors are bugs, and stay
+    as they are."""
+    errors = [error, RuntimeError("invalid argument")]
+
+    def wake_up():
+        raise errors.pop(0)
+
+    monkeypatch.setattr(engine.llm, "wake_up", wake_up)
+    monkeypatch.setattr(engine, "asleep", True)
+    with pytest.raises(ValueError, match=r"lower vllm_memory \(0.5 of it now\)") as e:
+        engine.load(ours[0])
+    assert "out of memory" in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(RuntimeError, match="^invalid argument$"):
+        engine.load(ours[0])
+
+
+def test_a_weight_that_is_damaged_inside_vllm_is_seen_and_named(engine, ours, prompts):
+    """A sampler that is not the trainer: its mean gap ends a run with the line that says why."""
+    def damage(inner):
+        inner.language_model.model.norm.weight.data.mul_(1.3)
+
+    def mean_gap():
+        groups = engine.sample(prompts, keys(4, 4), **HOW, forced=None)
+        tokens = [[x.tokens for x in group] for group in groups]
+        with torch.no_grad():
+            logprobs, _ = vlm.logprobs(ours[0], prompts, tokens, engine.banned)
+        gaps = [row[:len(x.tokens)] - x.logprobs for row, x in zip(logprobs, flat(groups))]
+        return float(torch.cat(gaps).abs().mean())
+
+    engine.load(ours[0])
+    check_gap(mean_gap(), "float32")
+    engine.llm.apply_model(damage)
+    with pytest.raises(ValueError, match="weights that were not reloaded after an update"):
+        check_gap(mean_gap(), "float32")
+    engine.version = None
+    engine.load(ours[0])
+    check_gap(mean_gap(), "float32")
+
+
 def test_more_banned_ids_than_vllm_takes_are_refused(engine, ours, prompts):
     many = torch.ones(MOST_BANNED + 1, dtype=torch.bool)
     with pytest.raises(ValueError, match="1025 ids are banned, and vLLM takes at most 1024"):
@@ -381,6 +438,19 @@ def test_an_architecture_that_vllm_lacks_is_one_line(ours, tmp_path):
     with pytest.raises(ValueError, match="vLLM does not start on") as error:
         start_engine(str(tmp_path), *ours, ALONE, 512)
     assert "\n" not in str(error.value)
+
+
+@one_family
+def test_what_vllm_advises_is_said_in_the_names_of_our_options(ours, tmp_path):
+    """Its own error about a cache that is too small, for a checkpoint with more positions."""
+    vlm.save(*ours, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 1_000_000
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, tokenizer = vlm.load(str(tmp_path))
+    with pytest.raises(ValueError, match="increasing `vllm_memory`.*decreasing `vllm_length`") as e:
+        start_engine(str(tmp_path), model, tokenizer, ALONE, 1_000_000)
+    assert "\n" not in str(e.value)
 
 
 # --------------------------------------------------------------------------------------------------
