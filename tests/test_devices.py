@@ -157,6 +157,11 @@ def few_ids(model, tokenizer):
     return banned
 
 
+def same_prompt(prompt):
+    """These prompts hold their vision tokens: nothing is fetched or kept."""
+    return prompt
+
+
 @pytest.mark.parametrize("how", [{}, {"greedy": True}, {"think_least": 3}, {"forced": None}])
 def test_prefill_and_decoding(how):
     sampled_alike(**how)
@@ -181,7 +186,7 @@ def test_a_videos_vision_tokens(tmp_path):
         run.cache = encode.Cache(folder=str(tmp_path))
         prompts, dropped = data.make_prompts(run, data.load(path), room=8)
         assert len(prompts) == 2 and not dropped
-        for _, prompt in prompts:
+        for prompt in data.fetch(run, [prompt for _, prompt in prompts]):
             on = {x.device.type for x in (prompt.ids, prompt.positions, prompt.vision)}
             assert on == {"cpu"}
 
@@ -212,7 +217,8 @@ def test_the_micro_batches_of_an_update(monkeypatch):
         with pretended_gpu():
             model, tokenizer = tiny(ranks)
             run = run_of(model, tokenizer, ranks, max_tokens=400)
-            sums = learn(run, send_groups(groups(model, tokenizer), {2: 0, 5: 0}, ranks), 8)
+            mine = send_groups(groups(model, tokenizer), {2: 0, 5: 0}, ranks, list, same_prompt)
+            sums = learn(run, mine, 8)
             batch = make_batch([weightless_group(run)], ranks.device)
             logprobs, _ = vlm.logprobs(model, batch.prompts, batch.tokens, run.banned)
             (logprobs * batch.advantages * batch.sampled).sum().backward()
@@ -287,7 +293,7 @@ def test_messages_between_ranks(four_ranks, stage2):
         completions = rollout.sample(model, tokenizer, prompts, KEYS, ranks=sharers, **HOW)
         assert len(completions) == 2
         drawn[0].slot = 0
-        assert send_groups(drawn[:1], {0: 1}, four_ranks) == []
+        assert send_groups(drawn[:1], {0: 1}, four_ranks, list, same_prompt) == []
         learn(run, drawn[1:], 4)
         update(model, make_optimizer(model, 1e-3), 1e-3, four_ranks)
 
