@@ -524,7 +524,7 @@ def test_a_run_with_vllm_learns(tmp_path):
     run = Run(evaluate.Config(), ALONE, print, *ours, vlm.banned_ids(*ours), encode.Cache())
     room = rollout.room(ours[1], **rollout.budgets(run.config))
     made, _ = data.make_prompts(run, data.load("toy")[:8], room)
-    prompts = [prompt for _, prompt in made]
+    prompts = data.fetch(run, [prompt for _, prompt in made])
     for think, answer in ((96, 16), (40, 16), (96, 2)):
         a, b = both(engine, ours, prompts, think_budget=think, answer_budget=answer)
         assert as_lists([a]) == as_lists([b])
