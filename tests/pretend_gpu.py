@@ -3,7 +3,7 @@ A GPU that is only pretended: on a CPU it shows where tensors of two devices mee
 
 Its tensors are on the device "meta" for all who ask, and hold their values on the CPU. So what is
 decided by values runs too (lengths, masks, sampled tokens), forward and backward, with the numbers
-of the CPU.
+of the CPU. (What the code itself puts on "meta" is on this GPU too, and keeps its values.)
 """
 from contextlib import contextmanager
 
@@ -80,6 +80,8 @@ def check(op, args, kwargs):
     assert all(x.device == CPU or isinstance(x, OnGPU) for x in tensors), f"{op}: no values"
     if op in MOVES:
         return
+    if op.namespace == "c10d" and any(x.device == CPU and x.is_floating_point() for x in tensors):
+        raise RuntimeError(f"{op} of tensors on the CPU: NCCL sends none")     # objects are bytes
     if op in INDEXED and args[0].device == GPU:
         args = args[0], *args[2:]                          # without the indices
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]

@@ -169,7 +169,7 @@ def test_prefill_and_decoding(how):
 
 def test_decoding_of_rows_that_end_at_different_steps():
     lengths = [len(completion.tokens) for completion in sampled_alike(
-        few=True, think_budget=20, answer_budget=8)]
+        few=True, think_budget=9, answer_budget=3)]
     assert len(set(lengths)) > 2, lengths
 
 
@@ -201,7 +201,7 @@ def test_the_update(dtype):
             optimizer = make_optimizer(model, 1e-3)
             noise = torch.Generator().manual_seed(3)
             for _ in range(2):
-                for p in trained(model).values():
+                for p in list(trained(model).values())[1:]:        # the first one has none
                     p.grad = torch.randn(p.shape, generator=noise).to(ranks.device, dtype)
                 norm = update(model, optimizer, 1e-3, ranks)
             outcomes.append({"norm": torch.tensor(norm), **trained(model)})
@@ -209,7 +209,7 @@ def test_the_update(dtype):
         assert equal(of_cpu, outcomes[1][name]), name
 
 
-def test_the_micro_batches_of_an_update(monkeypatch):
+def test_the_micro_batches_of_an_update():
     """Log-probs, objective, backward and what is measured: part 6 of the RL loop. A batch without
     weight too, which FSDP's ranks run where others have more."""
     outcomes = []
