@@ -103,7 +103,7 @@ class Cache:
     def __init__(self, most=4 << 30, folder="", say=print):
         """say(line) is called on one rank of a group. Raises ValueError if the folder cannot be
         made or written to."""
-        self.kept = OrderedDict()          # {key: (vision, (t,h,w), seconds)}, last used last
+        self.kept = OrderedDict()          # {key: (vision, (t,h,w), ...)}, last used last
         self.bytes = 0                     # of the vision tokens kept
         self.most = most
         self.disk = Disk(folder, say) if folder else None
@@ -136,8 +136,8 @@ class Cache:
         return key in self.kept or (self.disk is not None and self.disk.has(key))
 
     def get(self, key, make, ranks=ALONE):
-        """What make() -> (vision [V,D], (t,h,w), seconds) returned for this key: earlier, in
-        another run, or now. vision is on the CPU.
+        """What make() -> (vision [V,D], (t,h,w), seconds, frames) returned for this key: earlier,
+        in another run, or now. vision is on the CPU.
 
         All sp ranks call this with the same keys in the same order: then their memories hold the
         same. What make raises passes through, and nothing is kept of it.

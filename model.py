@@ -144,16 +144,17 @@ def mrope_positions(ids, pad, grids, merge, interval):
     return torch.cat(parts, dim=1).to(ids.device)                      # [3, P]
 
 
-def make_prompt(model, tokenizer, question, vision, grid, seconds, key=""):
+def make_prompt(model, tokenizer, question, vision, grid, seconds, frames=None, key=""):
     """One user turn of the model's chat template: the video, the question, INSTRUCTION.
 
     vision: [V,D], what encode_video returned for grid (t, h, w); seconds: between two frames;
-    key: the video's name in the cache. -> `Prompt`. Raises ValueError if the template has no
-    place for a video, or where vision does not fill the grid.
+    frames: how many, None if they fill the grid; key: the video's name in the cache.
+    -> `Prompt`. Raises ValueError if the template has no place for a video, or where vision does
+    not fill the grid.
     """
     px = model.pixels
     before, between, after = families.template_ids(model.config, tokenizer)
-    video, grids, interval = families.video_ids(model.config, tokenizer, grid, seconds, px)
+    video, grids, interval = families.video_ids(model, tokenizer, grid, seconds, frames)
     question = families.tokenize_text(tokenizer, question)     # never as control tokens
     ids = torch.tensor(before + video + between + question + after)
     pad = vision_pad(model.config)

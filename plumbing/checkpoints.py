@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging
 
-from plumbing.families import FAMILIES, read_pixels
+from plumbing.families import FAMILIES, family_of, read_pixels
 
 logging.disable_progress_bar()          # train.py's bar is enough
 
@@ -95,7 +95,7 @@ def save_pretrained(model, tokenizer, path, weights=None):
     model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)
     px = model.pixels
-    family = FAMILIES[model.config.model_type]
+    family = family_of(model)
     shared = {"image_mean": px.mean, "image_std": px.std, "patch_size": px.patch,
               "temporal_patch_size": px.temporal, "merge_size": px.merge}
     least, most = px.video_pixels or (px.min_pixels, px.max_pixels)
@@ -104,7 +104,8 @@ def save_pretrained(model, tokenizer, path, weights=None):
     if px.video_pixels:
         # Pictures then have other bounds, which we do not read: write transformers' defaults, since
         # vLLM has none.
-        images = {"size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000}}
+        least, most = family.image_bounds
+        images = {"size": {"shortest_edge": least, "longest_edge": most}}
         if px.max_pixels < px.video_pixels[1]:
             videos = videos | {"max_frame_pixels": px.max_pixels}
     images = images | {"image_processor_type": family.image_processor}

@@ -20,25 +20,41 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>",    # GLM-4.1V has contro
 
 @dataclass(frozen=True)
 class Family:
-    """What this code must know about a family of models."""
-    image_processor: str   # the names of the processors in transformers: for pictures,
-    video_processor: str   # for videos,
-    processor: str         # and for both with text
+    """What this code must know about a family of checkpoints. A checkpoint names its family by its
+    processor: models of one type may write the times of a video in different forms."""
+    models: tuple          # model_type in config.json, of each kind of checkpoint in the family
+    processor: str         # the names of the processors in transformers: for a whole prompt,
+    image_processor: str   # for its pictures,
+    video_processor: str   # and for its videos
     vision_pad: str        # the config's name of the id that holds the place of a vision token
     around: tuple = ()     # the config's names of the ids before and after a temporal patch
-    clock: str = ""        # text after a temporal patch that gives its time; "" if the time is in
-                           # the M-RoPE positions and all temporal patches are one run of pads
-    video_bounds: bool = False  # the files bound the pixels of a whole video, not those of a frame
+    clock: str = ""        # a temporal patch and its time as text, see video_ids; "" if the time is
+                           # in the M-RoPE positions and all temporal patches are one run of pads
+    video_bounds: tuple = ()   # transformers' own bounds on the pixels of a whole video, where a
+                               # file has none; () if the bounds are of a frame
+    image_bounds: tuple = ()   # its bounds on a picture, if those are others
 
 
-FAMILIES = {   # model_type in config.json -> Family
-    "qwen2_5_vl": Family("Qwen2VLImageProcessor", "Qwen2VLVideoProcessor", "Qwen2_5_VLProcessor",
-                         vision_pad="video_token_id"),
-    # GLM-4.1V writes a video as its pictures, with the second of each as text after it.
-    "glm4v": Family("Glm4vImageProcessor", "Glm4vVideoProcessor", "Glm4vProcessor",
-                    vision_pad="image_token_id", clock="{second}", video_bounds=True,
-                    around=("image_start_token_id", "image_end_token_id")),
-}
+QWEN2_5_VL = Family(
+    ("qwen2_5_vl",), "Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor",
+    vision_pad="video_token_id")
+GLM_4_1V = Family(
+    ("glm4v",), "Glm4vProcessor", "Glm4vImageProcessor", "Glm4vVideoProcessor",
+    vision_pad="image_token_id", around=("image_start_token_id", "image_end_token_id"),
+    clock="{patch}{second}", video_bounds=(112 * 112, 28 * 28 * 2 * 30000),
+    image_bounds=(112 * 112, 28 * 28 * 15000))
+
+FAMILIES = {}              # {model_type: `Family` of a checkpoint that names no processor}
+PROCESSORS = {}            # {processor: `Family`}
+for family in (QWEN2_5_VL, GLM_4_1V):
+    PROCESSORS[family.processor] = family
+    for model_type in family.models:
+        FAMILIES.setdefault(model_type, family)
+
+
+def family_of(model):
+    """The `Family` of a model: that of its checkpoint's processor, else that of its type."""
+    return getattr(model, "family", FAMILIES[model.config.model_type])
 
 
 def vision_pad(config):
@@ -129,27 +145,34 @@ def break_up(text, control):
     return parts
 
 
-def video_ids(config, tokenizer, grid, seconds, px):
+def video_ids(model, tokenizer, grid, seconds, frames=None):
     """The ids that represent a video in a prompt.
 
-    config: the model's; grid: (t, h, w) in patches; seconds: between two frames; px: `Pixels`.
+    grid: (t, h, w) in patches; seconds: between two frames; frames: how many there are, None if
+    they fill the t temporal patches.
     -> (ids, the grid of each run of pads in them, M-RoPE positions between the temporal patches
     of a run)
     """
-    family = FAMILIES[config.model_type]
+    config, px = model.config, model.pixels
+    family = family_of(model)
     t, h, w = grid
+    frames = frames or t * px.temporal
     pads = [vision_pad(config)] * (h * w // px.merge ** 2)             # of one temporal patch
     if not family.clock:
         interval = seconds * px.temporal * config.vision_config.tokens_per_second
         return pads * t, [grid], interval
     start, end = (getattr(config, name) for name in family.around)
+    before, after = family.clock.split("{patch}")
     ids = []
-    for i in range(t):
-        # The time of a temporal patch is that of its first frame. Frames are taken from the middle
-        # of equal parts of the video, hence 0.5.
-        second = int((i * px.temporal + 0.5) * seconds + 1e-6)
+    for first in range(0, frames, px.temporal):
+        last = min(first + px.temporal, frames) - 1        # an odd last frame fills its patch alone
+        # Frames are taken from the middle of equal parts of the video, hence 0.5.
+        time = {"first": (first + 0.5) * seconds,
+                "second": int((first + 0.5) * seconds + 1e-6),
+                "mean": (first + last + 1) / 2 * seconds}
+        ids += tokenize(tokenizer, before.format(**time))
         ids += [start, *pads, end]
-        ids += tokenize(tokenizer, family.clock.format(second=second))
+        ids += tokenize(tokenizer, after.format(**time))
     return ids, [(1, h, w)] * t, 0.0
 
 
@@ -183,9 +206,10 @@ def to_pixels(content, family):
     size = content.get("size") or {}
     shared = [content[key] for key in ("image_mean", "image_std", "patch_size",
                                        "temporal_patch_size", "merge_size")]
-    if family.video_bounds:                                # the defaults are transformers'
-        least = size.get("shortest_edge", 112 * 112)
-        most = size.get("longest_edge", 28 * 28 * 2 * 30000)
+    if family.video_bounds:
+        least, most = family.video_bounds
+        least = size.get("shortest_edge", least)
+        most = size.get("longest_edge", most)
         # max_frame_pixels is ours: checkpoints.save_pretrained writes it.
         most_of_frame = content.get("max_frame_pixels", most)
         return Pixels(*shared, min_pixels=0, max_pixels=most_of_frame, video_pixels=(least, most))

@@ -135,8 +135,8 @@ def stock(model):
 
 def ask(model, tokenizer, question, video):
     """-> (Prompt, what transformers' forward needs to see the same)"""
-    vision, grid, seconds = vlm.encode_video(model, lambda: video, ALONE)
-    prompt = vlm.make_prompt(model, tokenizer, question, vision, grid, seconds)
+    vision, *about = vlm.encode_video(model, lambda: video, ALONE)
+    prompt = vlm.make_prompt(model, tokenizer, question, vision, *about)
     patches, grid = vlm.patchify(video.read(0, video.frames), model.pixels)
     return prompt, {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([grid])}
 
@@ -285,7 +285,7 @@ def test_a_long_video_read_in_groups_has_the_size_of_the_whole(glm, monkeypatch)
     assert frame_size(100, 140, model.pixels, 30) != frame_size(100, 140, model.pixels, 4)
     # two temporal patches at once, not 64
     monkeypatch.setattr(encode.encode.__wrapped__, "__defaults__", (2,))
-    vision, grid, _ = vlm.encode_video(model, lambda: video, ALONE)
+    vision, grid, *_ = vlm.encode_video(model, lambda: video, ALONE)
     patches, right = vlm.patchify(video.read(0, 30), model.pixels)
     assert grid == right and vision.shape == (15 * grid[1] * grid[2] // 4, 128)
     with torch.no_grad():
@@ -400,7 +400,7 @@ def test_glm_prompt_refuses_vision_tokens_that_do_not_fill_the_grid(glm):
 def test_vision_tokens_are_those_of_transformers(loaded, family, n, height, width, seconds):
     """`encode_video` = transformers' get_video_features with its own attention, 1e-5."""
     model, video = loaded[family][0], film(n, height, width, seconds)
-    vision, grid, _ = vlm.encode_video(model, lambda: video, ALONE)
+    vision, grid, *_ = vlm.encode_video(model, lambda: video, ALONE)
     patches, _ = vlm.patchify(video.read(0, n), model.pixels)
     with stock(model), torch.no_grad():
         right = model.get_video_features(patches, torch.tensor([grid])).pooler_output

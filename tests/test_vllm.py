@@ -57,7 +57,7 @@ def make_prompts(model, tokenizer):
         question = "How many are there?" + " red" * n
         vision = torch.randn(t * h * w // 4, 128, generator=noise)
         prompts.append(vlm.make_prompt(
-            model, tokenizer, question, vision, (t, h, w), seconds, f"video {n}"))
+            model, tokenizer, question, vision, (t, h, w), seconds, key=f"video {n}"))
     return prompts
 
 
