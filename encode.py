@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from flow import Ranks
+from plumbing.families import vision_width
 from plumbing.ranks import on_first, shard, start, together  # noqa: F401  scripts call start
 from plumbing.store import Disk, sha256
 
@@ -67,7 +68,7 @@ def encode(tower, open_patches, ranks, at_once=AT_ONCE):
         lo, hi = shard(grid[0], rank, ranks.sp)
         sizes.append((hi - lo) * tokens_per_patch)
     # An all-gather takes equal parts: each is padded to the largest, and cut afterwards.
-    width = tower.config.out_hidden_size
+    width = vision_width(tower.config)
     padded = torch.zeros(max(sizes), width, dtype=tower.dtype, device=ranks.device)
     if parts:
         padded[:sizes[ranks.sp_rank]] = torch.cat(parts)
@@ -79,7 +80,10 @@ def encode(tower, open_patches, ranks, at_once=AT_ONCE):
 
 def encode_own_frames(tower, open_patches, ranks, at_once):
     """This rank's share of `encode`. -> ((t,h,w), vision tokens of one temporal patch, the tower's
-    outputs [n,D] in order; no output where there are more ranks than temporal patches)"""
+    outputs [n,D] in order; no output where there are more ranks than temporal patches)
+
+    Qwen3-VL's deepstack features stand behind a token's own, see `model.deepstack`: D is then
+    several times as wide, and whatever moves or keeps vision tokens need not know."""
     (t, h, w), merge, read = open_patches()
     parts = []
     for first, last in spans(t, ranks, at_once):
@@ -87,7 +91,9 @@ def encode_own_frames(tower, open_patches, ranks, at_once):
         # A grid for each temporal patch: the same result as one for all, and the only form
         # that GLM-4.1V's tower takes.
         grids = torch.tensor([[1, h, w]] * (last - first), device=ranks.device)
-        parts.append(tower(patches, grid_thw=grids).pooler_output)
+        out = tower(patches, grid_thw=grids)
+        deepstack = getattr(out, "deepstack_features", ())             # [n,D] each
+        parts.append(torch.cat([out.pooler_output, *deepstack], dim=1))
     return (t, h, w), h * w // merge ** 2, parts
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import cached_file
 
-from flow import Pixels, VideoError
+from flow import Pixels, PromptError, VideoError
 
 # The last line of every question. plumbing/tiny.py makes each of its words one token.
 INSTRUCTION = ("First reason between <think> and </think>, "
@@ -43,10 +43,15 @@ GLM_4_1V = Family(
     vision_pad="image_token_id", around=("image_start_token_id", "image_end_token_id"),
     clock="{patch}{second}", video_bounds=(112 * 112, 28 * 28 * 2 * 30000),
     image_bounds=(112 * 112, 28 * 28 * 15000))
+QWEN3_VL = Family(
+    ("qwen3_vl",), "Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor",
+    vision_pad="video_token_id", around=("vision_start_token_id", "vision_end_token_id"),
+    clock="<{mean:.1f} seconds>{patch}", video_bounds=(128 * 32 * 32, 768 * 32 * 32),
+    image_bounds=(256 * 256, 4096 * 4096))
 
 FAMILIES = {}              # {model_type: `Family` of a checkpoint that names no processor}
 PROCESSORS = {}            # {processor: `Family`}
-for family in (QWEN2_5_VL, GLM_4_1V):
+for family in (QWEN2_5_VL, GLM_4_1V, QWEN3_VL):
     PROCESSORS[family.processor] = family
     for model_type in family.models:
         FAMILIES.setdefault(model_type, family)
@@ -60,6 +65,13 @@ def family_of(model):
 def vision_pad(config):
     """The id that holds the place of a vision token."""
     return getattr(config, FAMILIES[config.model_type].vision_pad)
+
+
+def vision_width(tower_config):
+    """The features of a vision token: D, and D more for each layer of the language model that gets
+    some of its own (Qwen3-VL's deepstack)."""
+    deepstack = getattr(tower_config, "deepstack_visual_indexes", ())
+    return tower_config.out_hidden_size * (1 + len(deepstack))
 
 
 def stop_ids(model, tokenizer):
@@ -174,6 +186,20 @@ def video_ids(model, tokenizer, grid, seconds, frames=None):
         ids += [start, *pads, end]
         ids += tokenize(tokenizer, after.format(**time))
     return ids, [(1, h, w)] * t, 0.0
+
+
+def check_length(model, prompt, room, vllm_length=None):
+    """Raises PromptError if prompt and `room` more tokens do not fit the model, or vLLM's own
+    limit if there is one. Nothing is ever cut off."""
+    limit = model.config.text_config.max_position_embeddings
+    name = f"the model's {limit}"
+    if vllm_length and vllm_length < limit:
+        limit = vllm_length
+        name = f"vllm_length = {limit}"
+    if len(prompt.ids) + room > limit:
+        raise PromptError(f"a prompt of {len(prompt.ids)} tokens ({len(prompt.vision)} of them "
+                          f"vision) and {room} for the answer do not fit {name}; "
+                          "lower frames or max_pixels")
 
 
 # --------------------------------------------------------------------------------------------------
