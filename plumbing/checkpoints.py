@@ -7,10 +7,16 @@ from contextlib import contextmanager
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from plumbing.families import FAMILIES, family_of, read_pixels
+from plumbing.families import FAMILIES, family_of, read_family, read_pixels
 
 logging.disable_progress_bar()          # train.py's bar is enough
 
@@ -31,20 +37,22 @@ def load_pretrained(name, dtype):
             hint = "; run train.py first" if os.path.normpath(name) == "out/model" else ""
             raise ValueError(f"{name} is no checkpoint: it has no config.json{hint}")
     with in_one_line(name):
-        kind = AutoConfig.from_pretrained(name).model_type
-    if kind not in FAMILIES:
-        raise ValueError(unknown_family(name, kind))
+        config = AutoConfig.from_pretrained(name)
+        written, _ = PreTrainedConfig.get_config_dict(name)
+    check_config(name, config, written)
+    family = read_family(name, config.model_type)
+    pixels = read_pixels(name, family)
     with in_one_line(name):
         model, info = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    pixels = read_pixels(name, FAMILIES[kind])
     wrong = []
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         wrong += [str(tensor) for tensor in sorted(info[key])]
     if wrong:
         raise ValueError(f"{name}: tensors missing, not expected or of another shape: "
                          f"{', '.join(wrong[:5])} ({len(wrong)} in all)")
+    model.family = family
     return model, tokenizer, pixels
 
 
@@ -65,13 +73,32 @@ def in_one_line(name):
         raise ValueError(f"{what}. transformers said: {type(e).__name__}: {text}") from e
 
 
-def unknown_family(name, kind):
-    """The text of the error for a checkpoint of an unknown family."""
-    text = f"{name} is a {kind} model; this code reads {' and '.join(FAMILIES)} checkpoints"
-    if kind.startswith("qwen3_vl"):
-        text += ("; its tower adds features to several layers of the language model (deepstack), "
-                 "and what is cached, gathered and sharded here is one vector a vision token")
-    return text
+def check_config(name, config, written):
+    """Raises ValueError for a model of an unknown family, or one that is not what its family is.
+
+    config: as transformers understands it; written: the content of config.json.
+    """
+    kind = config.model_type
+    if kind not in FAMILIES:
+        raise ValueError(f"{name} is a {kind} model; this code reads {', '.join(FAMILIES)} "
+                         "checkpoints")
+    # transformers ignores what is not where it looks, and fills in the sizes of another model.
+    for part in ("text_config", "vision_config"):
+        read = getattr(config, part)
+        content = written.get(part, {})
+        kinds = {content.get("model_type", kind), kind, read.model_type}
+        if len(kinds) > 2:
+            raise ValueError(f"{name}: the {part} of a {kind} model is a {read.model_type}, and "
+                             f"config.json says {content['model_type']}")
+    text = config.text_config
+    if "text_config" not in written and written.get("hidden_size") != text.hidden_size:
+        raise ValueError(f"{name}: config.json has no text_config, where transformers expects the "
+                         f"sizes of a {kind} model's layers")
+    # Other layers read a packed row as one text, and ignore who may see whom.
+    others = set(getattr(text, "layer_types", None) or []) - {"full_attention"}
+    if others:
+        raise ValueError(f"{name} has layers of {', '.join(sorted(others))}; this code trains "
+                         "models whose layers all have full attention")
 
 
 def cast_parameters(model, dtype):
@@ -89,10 +116,35 @@ def cast_parameters(model, dtype):
 # --------------------------------------------------------------------------------------------------
 # saving
 
+def has_experts(model):
+    """Whether the model is a mixture of experts."""
+    return any(".mlp.experts." in name for name, _ in model.named_parameters())
+
+
+def published(model, weights):
+    """Weights of a mixture of experts under the names and in the shapes of published checkpoints,
+    which vLLM reads. transformers stacks the experts of a layer when it loads them.
+
+    weights: {name: tensor}, any of the model's. -> {name: tensor}
+    """
+    weights = revert_weight_conversion(model, weights)
+    for name, w in weights.items():
+        # Qwen3-VL-MoE's are published as [experts, in, out]. transformers 5.19 transposes them when
+        # it loads, but not back.
+        stacked = name.endswith(("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
+        if stacked and w.shape == model.get_parameter(name).shape:
+            weights[name] = w.transpose(1, 2).contiguous()
+    return weights
+
+
 def save_pretrained(model, tokenizer, path, weights=None):
     """A checkpoint that transformers and vLLM load as it is: weights, configs, tokenizer and
     preprocessing. weights: {name: tensor}, gathered, if those of the model are sharded."""
-    model.save_pretrained(path, state_dict=weights)
+    if has_experts(model):
+        weights = published(model, weights or model.state_dict())
+        model.save_pretrained(path, state_dict=weights, save_original_format=False)
+    else:
+        model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)
     px = model.pixels
     family = family_of(model)

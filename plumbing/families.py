@@ -4,7 +4,7 @@ writes a prompt, and the bounds on a frame's pixels, which are read from the che
 """
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers.utils import cached_file
@@ -38,20 +38,26 @@ class Family:
 QWEN2_5_VL = Family(
     ("qwen2_5_vl",), "Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor",
     vision_pad="video_token_id")
-GLM_4_1V = Family(
-    ("glm4v",), "Glm4vProcessor", "Glm4vImageProcessor", "Glm4vVideoProcessor",
+GLM_4_1V = Family(         # and GLM-4.5V
+    ("glm4v", "glm4v_moe"), "Glm4vProcessor", "Glm4vImageProcessor", "Glm4vVideoProcessor",
     vision_pad="image_token_id", around=("image_start_token_id", "image_end_token_id"),
     clock="{patch}{second}", video_bounds=(112 * 112, 28 * 28 * 2 * 30000),
     image_bounds=(112 * 112, 28 * 28 * 15000))
+GLM_4_6V = replace(        # which may have the model_type of GLM-4.1V or GLM-4.5V
+    GLM_4_1V, models=("glm46v", "glm4v", "glm4v_moe"), processor="Glm46VProcessor",
+    image_processor="Glm46VImageProcessor", video_processor="Glm46VVideoProcessor",
+    clock="{patch}{first:.1f} seconds")
 QWEN3_VL = Family(
-    ("qwen3_vl",), "Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor",
-    vision_pad="video_token_id", around=("vision_start_token_id", "vision_end_token_id"),
+    ("qwen3_vl", "qwen3_vl_moe"),
+    "Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor",
+    vision_pad="video_token_id",
+    around=("vision_start_token_id", "vision_end_token_id"),
     clock="<{mean:.1f} seconds>{patch}", video_bounds=(128 * 32 * 32, 768 * 32 * 32),
     image_bounds=(256 * 256, 4096 * 4096))
 
 FAMILIES = {}              # {model_type: `Family` of a checkpoint that names no processor}
 PROCESSORS = {}            # {processor: `Family`}
-for family in (QWEN2_5_VL, GLM_4_1V, QWEN3_VL):
+for family in (QWEN2_5_VL, GLM_4_1V, GLM_4_6V, QWEN3_VL):
     PROCESSORS[family.processor] = family
     for model_type in family.models:
         FAMILIES.setdefault(model_type, family)
@@ -205,30 +211,72 @@ def check_length(model, prompt, room, vllm_length=None):
 # --------------------------------------------------------------------------------------------------
 # pixels
 
+FILES = "video_preprocessor_config.json", "processor_config.json", "preprocessor_config.json"
+
+
+def read_file(name, file):
+    """A JSON file of a checkpoint directory or hub name. -> (path, content); (None, {}) if there is
+    no such file. Raises ValueError if it is damaged."""
+    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return None, {}
+    try:
+        with open(path) as f:
+            content = json.load(f)
+    except ValueError as e:
+        raise ValueError(f"{path}: damaged ({e})") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: damaged (it is no JSON object)")
+    return path, content
+
+
+def read_family(name, model_type):
+    """The `Family` of a checkpoint directory or hub name, by the processor that its files name.
+    Raises ValueError if they name one that does not go with the model, or several."""
+    named = {}                                             # {processor: file}
+    for file in (*FILES, "tokenizer_config.json"):
+        processor = read_file(name, file)[1].get("processor_class")
+        if processor and not (named and file == "tokenizer_config.json"):
+            named.setdefault(processor, file)
+    if not named:
+        return FAMILIES[model_type]
+    if len(named) > 1:
+        texts = " but ".join(f"{file} names {processor}" for processor, file in named.items())
+        raise ValueError(f"{name}: {texts}; copy the files its authors publish")
+    [(processor, file)] = named.items()
+    family = PROCESSORS.get(processor)
+    if family is None or model_type not in family.models:
+        known = [p for p, family in PROCESSORS.items() if model_type in family.models]
+        raise ValueError(f"{name}: {file} names the processor {processor}, and a {model_type} "
+                         f"model is read here with {' or '.join(known)}: another writes another "
+                         "prompt")
+    return family
+
+
 def read_pixels(name, family):
     """The `Pixels` of a checkpoint directory or hub name. Raises ValueError if it has no
     preprocessing file, or a damaged one."""
-    files = "video_preprocessor_config.json", "processor_config.json", "preprocessor_config.json"
-    for file in files:
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-        if path is None:
+    for file in FILES:
+        path, content = read_file(name, file)
+        content = content.get("video_processor", content)
+        if "image_mean" not in content:
             continue
         try:
-            with open(path) as f:
-                content = json.load(f)
-            content = content.get("video_processor", content)
-            if "image_mean" in content:
-                return to_pixels(content, family)
+            return to_pixels(content, family)
         except KeyError as e:
             raise ValueError(f"{path}: it has no {e}") from e
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}: damaged ({e})") from e
-    raise ValueError(f"{name} has no {files[0]}, {files[1]} or {files[2]} with image_mean in it; "
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from e
+    raise ValueError(f"{name} has no {FILES[0]}, {FILES[1]} or {FILES[2]} with image_mean in it; "
                      "copy the one its authors publish")
 
 
 def to_pixels(content, family):
-    """The content of a preprocessing file as `Pixels`. Raises KeyError for what it lacks."""
+    """The content of a preprocessing file as `Pixels`. Raises KeyError for what it lacks,
+    ValueError for what is not read here."""
+    if content.get("cap_pixels_per_frame"):
+        raise ValueError("cap_pixels_per_frame is not read here: set it to false, and lower "
+                         "--max_pixels instead")
     size = content.get("size") or {}
     shared = [content[key] for key in ("image_mean", "image_std", "patch_size",
                                        "temporal_patch_size", "merge_size")]
