@@ -181,13 +181,13 @@ def video_ids(model, tokenizer, grid, seconds, frames=None):
         return pads * t, [grid], interval
     start, end = (getattr(config, name) for name in family.around)
     before, after = family.clock.split("{patch}")
+    # Frames are taken from the middle of equal parts of the video, hence 0.5.
+    times = [round((frame + 0.5) * seconds, 6) for frame in range(frames)]
     ids = []
-    for first in range(0, frames, px.temporal):
-        last = min(first + px.temporal, frames) - 1        # an odd last frame fills its patch alone
-        # Frames are taken from the middle of equal parts of the video, hence 0.5.
-        time = {"first": (first + 0.5) * seconds,
-                "second": int((first + 0.5) * seconds + 1e-6),
-                "mean": (first + last + 1) / 2 * seconds}
+    for i in range(0, frames, px.temporal):
+        first = times[i]
+        last = times[min(i + px.temporal, frames) - 1]     # an odd last frame fills its patch alone
+        time = {"first": first, "second": int(first + 1e-6), "mean": (first + last) / 2}
         ids += tokenize(tokenizer, before.format(**time))
         ids += [start, *pads, end]
         ids += tokenize(tokenizer, after.format(**time))
