@@ -73,11 +73,14 @@ def vision_pad(config):
     return getattr(config, FAMILIES[config.model_type].vision_pad)
 
 
+def deepstack_levels(tower_config):
+    """How many layers of the language model get vision features of their own (Qwen3-VL)."""
+    return len(getattr(tower_config, "deepstack_visual_indexes", ()))
+
+
 def vision_width(tower_config):
-    """The features of a vision token: D, and D more for each layer of the language model that gets
-    some of its own (Qwen3-VL's deepstack)."""
-    deepstack = getattr(tower_config, "deepstack_visual_indexes", ())
-    return tower_config.out_hidden_size * (1 + len(deepstack))
+    """The features of a vision token: D, and D more for each level of deepstack."""
+    return tower_config.out_hidden_size * (1 + deepstack_levels(tower_config))
 
 
 def stop_ids(model, tokenizer):

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 import worlds
 from PIL import Image
+from runs import same
 from safetensors.torch import load_file, save_file
 from small import answers, film, frames, thinker
 from tiny_families import KINDS, build, is_glm, tiny_glm, tiny_qwen3
@@ -45,8 +47,9 @@ import rewards
 import rollout
 from flow import Pixels, Ranks
 from plumbing import families
+from plumbing.checkpoints import save_pretrained
 from plumbing.families import FAMILIES, INSTRUCTION, TAGS, frame_size, read_pixels
-from plumbing.sharding import recompute_layers
+from plumbing.sharding import kept_buffers, recompute_layers, shard_parameters, weights
 from plumbing.tiny import build_tiny
 
 ALONE = Ranks()
@@ -872,14 +875,42 @@ def case_shares(models, ranks):
             for family, (model, tokenizer) in models.items()}
 
 
-WORLDS = {"two": World(size=2, local=2, sp=0, cases=[case_shares])}
+def case_sharded(models, ranks):
+    """FSDP, with stage 2. -> {kind: (log-probs, gradients, what rank 0 saves)}. It comes last: the
+    models stay sharded."""
+    results = {}
+    for kind, (model, tokenizer) in models.items():
+        prompts = []
+        for n in (2, 7):
+            encoded = vlm.encode_video(model, lambda n=n: film(n, 56, 84, seed=n), ALONE)
+            prompts.append(vlm.make_prompt(model, tokenizer, "Where?", *encoded))
+        banned = vlm.banned_ids(model, tokenizer)
+        shard_parameters(model, ranks)
+        model.zero_grad()
+        completions = [answers(banned, [5, 1, 4]), answers(banned, [3])]
+        got, _ = vlm.logprobs(model, prompts, completions, banned, ranks=ranks)
+        noise = torch.Generator().manual_seed(3)
+        (got * torch.randn(got.shape, generator=noise)).sum().backward()
+        gradients = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                gradients[name] = p.grad.full_tensor()
+        whole = dict(weights(model)) | kept_buffers(model)
+        if ranks.rank == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                save_pretrained(model, tokenizer, folder, whole)
+                whole = load_file(os.path.join(folder, "model.safetensors"))
+        results[kind] = got.detach(), gradients, whole
+    return results
+
+
+WORLDS = {"two": World(size=2, local=2, sp=0, cases=[case_shares, case_sharded])}
 
 
 @pytest.fixture(scope="module")
 def brought(saved, tmp_path_factory):
-    """What each of two ranks brought, of each family."""
-    read = worlds.start(WORLDS, __file__, tmp_path_factory.mktemp("ranks"), json.dumps(saved))
-    return read("two", "case_shares")
+    """What each of two ranks brought, of each kind: (world, case) -> a list."""
+    return worlds.start(WORLDS, __file__, tmp_path_factory.mktemp("ranks"), json.dumps(saved))
 
 
 def test_two_ranks_equal_one(brought, loaded, family):
@@ -888,7 +919,7 @@ def test_two_ranks_equal_one(brought, loaded, family):
     was built from the same files.)"""
     model, tokenizer = copy.deepcopy(loaded[family])
     visions, right, gradients, sampled = shares(model, tokenizer, ALONE)
-    for other in brought:
+    for other in brought("two", "case_shares"):
         their_visions, their_logprobs, their_gradients, their_sampled = other[family]
         for a, b in zip(their_visions, visions):
             assert a.shape == b.shape and torch.allclose(a, b, atol=1e-5, rtol=0)
@@ -896,6 +927,21 @@ def test_two_ranks_equal_one(brought, loaded, family):
         assert their_sampled == sampled
         for name, g in gradients.items():
             assert (their_gradients[name] - g).norm() <= 1e-4 * g.norm() + 1e-6, name
+
+
+def test_sharded_parameters_equal_whole_ones(brought, loaded, saved, family):
+    """FSDP with stage 2: log-probs to 1e-5, gradients to 1e-4; and what is saved of the gathered
+    weights is what was loaded, buffers and experts included."""
+    model, tokenizer = copy.deepcopy(loaded[family])
+    _, right, gradients, _ = shares(model, tokenizer, ALONE)
+    for rank, other in enumerate(brought("two", "case_sharded")):
+        got, theirs, whole = other[family]
+        assert torch.allclose(got, right, atol=1e-5, rtol=0)
+        for name, g in gradients.items():
+            assert (theirs[name] - g).norm() <= 1e-4 * g.norm() + 1e-6, name
+        if rank == 0:
+            files = load_file(os.path.join(saved[family], "model.safetensors"))
+            assert same(whole, files)
 
 
 if __name__ == "__main__":
