@@ -299,6 +299,9 @@ def activation_bytes(m, step):
 def temporary_bytes(config, m, step):
     """The peaks of temporary tensors."""
     in_prefill = step.prefix // step.sp * (3 * m.mlp + 4 * m.hidden + 2 * m.head_dim)
+    if m.vision > m.hidden:
+        # Deepstack's features, and hidden states to which they are added.
+        in_prefill += (step.vision * (m.vision - m.hidden) + step.prefix * m.hidden) // step.sp
     probabilities = 20 * step.group // step.sp * m.vocabulary                  # of a decoding step
     layer = step.positions * 2 * (m.mlp - m.hidden) * step.itemsize            # in its backward
     if step.checkpointing:

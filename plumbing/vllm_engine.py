@@ -33,6 +33,8 @@ MOST_BANNED = 1024        # ids with a bias of their own, in vLLM's second model
 # What vLLM's errors advise to change, and its name here.
 OUR_NAMES = {"gpu_memory_utilization": "vllm_memory", "GPU memory utilization": "vllm_memory",
              "max_model_len": "vllm_length"}
+# A model type that vLLM knows under another name.
+SAME_MODEL = {"glm46v": {"model_type": "glm4v", "architectures": ["Glm4vForConditionalGeneration"]}}
 LEAST_BATCH = 8192        # tokens; a video with more vision tokens than vLLM's batch is refused
 
 
@@ -147,13 +149,16 @@ class VLLM:
         if ranks.world > 1:
             options["distributed_executor_backend"] = "external_launcher"        # torchrun
         # vLLM looks for keys that a config need not have: without the first it drops the biases of
-        # GLM-4.1V silently, without the second GLM-4.5V does not start.
+        # GLM-4.1V silently, without the others GLM-4.5V and Qwen3-VL-MoE do not start.
         attention = model.model.language_model.layers[0].self_attn
         facts = {"attention_bias": attention.q_proj.bias is not None,
-                 "head_dim": attention.head_dim}
+                 "head_dim": attention.head_dim,
+                 "use_qk_norm": hasattr(attention, "q_norm"),
+                 "norm_topk_prob": True}                   # transformers' always does
         text = model.config.text_config
         missing = {key: fact for key, fact in facts.items() if not hasattr(text, key)}
         options["hf_overrides"] = {"text_config": missing}
+        options["hf_overrides"] |= SAME_MODEL.get(model.config.model_type, {})
         if not self.cuda:
             # On the CPU vLLM cannot split the prefill of a prompt with random numbers of its own,
             # and would share blocks of 128 tokens, more than some prompts have.
