@@ -175,6 +175,8 @@ class VLLM:
         elif updates(model) == self.version:
             return
         self.asleep = False
+        if not self.cuda:
+            self.llm.apply_model(forget_expert_kernels)
         to_load = self.published_weights(model)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": to_load})
         self.llm.reset_prefix_cache()
@@ -329,6 +331,15 @@ def keep_deepstack():
 def deepstack_of(inner):
     """How many layers of vLLM's model get features of deepstack."""
     return getattr(inner, "deepstack_num_level", 0)
+
+
+def forget_expert_kernels(inner):
+    """vLLM's CPU build packs the weights of experts only when it makes their kernel, and would
+    leave new ones unpacked: after this it makes the kernel again."""
+    for module in inner.modules():
+        method = getattr(module, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
+            method.moe_kernel = None
 
 
 def refuse_missing_weights(inner):
