@@ -97,9 +97,10 @@ def family(request):
     return request.param
 
 
-# For tests of what differs between families.
+# For tests of what differs between families. Mixtures of experts come first: vLLM makes a group of
+# ranks for experts only with the first model of a process.
 every_family = pytest.mark.parametrize(
-    "family", ["qwen2_5_vl", "glm4v", "glm4v_moe", "glm46v as glm4v", "qwen3_vl", "qwen3_vl_moe"],
+    "family", ["glm4v_moe", "qwen3_vl_moe", "qwen2_5_vl", "glm4v", "glm46v", "qwen3_vl"],
     indirect=True)
 
 
@@ -225,7 +226,10 @@ def test_the_vision_tower_is_not_there_and_the_prompt_is_prefilled_once(
     shared = len(prompts[2].ids) // 32 * 32                # vLLM shares blocks of 32
     assert shared >= 64 and first[0] == 0, (shared, seen)
     assert all(cached >= shared for cached, _ in others + again), (shared, seen)
-    prompt = prompts[2].ids.tolist()
+    prompt = prompts[2].ids
+    if engine.modality == "image":                         # Qwen3-VL has another pad for pictures
+        prompt = prompt.masked_fill(prompt == engine.pad, ours[0].config.image_token_id)
+    prompt = prompt.tolist()
     assert all(ids[:len(prompt)] == prompt for _, ids in [first, *others, *again])
 
 
