@@ -80,10 +80,7 @@ def encode(tower, open_patches, ranks, at_once=AT_ONCE):
 
 def encode_own_frames(tower, open_patches, ranks, at_once):
     """This rank's share of `encode`. -> ((t,h,w), vision tokens of one temporal patch, the tower's
-    outputs [n,D] in order; no output where there are more ranks than temporal patches)
-
-    Qwen3-VL's deepstack features stand behind a token's own, see `model.deepstack`: D is then
-    several times as wide, and whatever moves or keeps vision tokens need not know."""
+    outputs [n,D] in order; no output where there are more ranks than temporal patches)"""
     (t, h, w), merge, read = open_patches()
     parts = []
     for first, last in spans(t, ranks, at_once):
@@ -92,7 +89,7 @@ def encode_own_frames(tower, open_patches, ranks, at_once):
         # that GLM-4.1V's tower takes.
         grids = torch.tensor([[1, h, w]] * (last - first), device=ranks.device)
         out = tower(patches, grid_thw=grids)
-        deepstack = getattr(out, "deepstack_features", ())             # [n,D] each
+        deepstack = getattr(out, "deepstack_features", ())             # see families.deepstack
         parts.append(torch.cat([out.pooler_output, *deepstack], dim=1))
     return (t, h, w), h * w // merge ** 2, parts
 

@@ -264,16 +264,6 @@ def splice(model, ids, visions, columns=None):
     return embeds.masked_scatter(pads[..., None], vision.to(embeds.dtype))
 
 
-def deepstack(model, ids, features, columns):
-    """The features that Qwen3-VL adds to the hidden states of vision tokens after its first n
-    layers, for the language model's forward. features: a [V,n*D] for each row; n may be 0."""
-    pads, features = vision_at(model, ids, features, columns)
-    if not features.shape[1]:
-        return {}
-    layers = features.split(model.config.text_config.hidden_size, dim=1)       # n of [v, D]
-    return {"visual_pos_masks": pads, "deepstack_visual_embeds": layers}
-
-
 def pad_prefixes(prompts, device, ranks=ALONE):
     """B prompts as rows, padded on the right to a length that the sp ranks can share out.
 
@@ -342,11 +332,11 @@ def forward(model, attention, ids, positions, visions, prefix, ranks):
     if ranks.sp > 1:
         attention = encode.Ulysses(attention, prefix // ranks.sp, ranks)
     D = model.config.text_config.hidden_size
+    embeds = splice(model, ids, [vision[:, :D] for vision in visions], columns)
+    pads, features = vision_at(model, ids, [vision[:, D:] for vision in visions], columns)
     hidden = model.model.language_model(
-        inputs_embeds=splice(model, ids, [vision[:, :D] for vision in visions], columns),
-        **deepstack(model, ids, [vision[:, D:] for vision in visions], columns),
-        position_ids=positions[:, :, columns], use_cache=False,
-        attention=attention).last_hidden_state
+        inputs_embeds=embeds, position_ids=positions[:, :, columns], use_cache=False,
+        attention=attention, **families.deepstack(pads, features, D)).last_hidden_state
     local = torch.full((ids.shape[1],), -1, device=ids.device)
     local[columns] = torch.arange(len(columns), device=ids.device)
     return hidden, local

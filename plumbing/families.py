@@ -83,6 +83,18 @@ def vision_width(tower_config):
     return tower_config.out_hidden_size * (1 + deepstack_levels(tower_config))
 
 
+def deepstack(pads, features, D):
+    """The features that Qwen3-VL adds to the hidden states of the vision tokens after its first n
+    layers, as its language model takes them. -> {} if n is 0
+
+    They stand behind a token's own D features: whatever shards, gathers, keeps or moves vision
+    tokens need not know of them. pads: bool [B,s], where the v tokens stand; features: [v,n*D].
+    """
+    if not features.shape[1]:
+        return {}
+    return {"visual_pos_masks": pads, "deepstack_visual_embeds": features.split(D, dim=1)}
+
+
 def stop_ids(model, tokenizer):
     """The ids that end a completion, the end of turn first."""
     stops = model.generation_config.eos_token_id           # an id, several, or None
