@@ -178,9 +178,9 @@ def make_prompts(run, samples, room):
     prompts, dropped = [], {}
     for sample, key in zip(samples, keys):
         try:
-            vision, grid, seconds = vision_tokens(run, sample.video, key)
-            prompt = vlm.make_prompt(run.model, run.tokenizer, sample.question, vision, grid,
-                                     seconds, key)
+            vision, *about = vision_tokens(run, sample.video, key)
+            prompt = vlm.make_prompt(run.model, run.tokenizer, sample.question, vision, *about,
+                                     key=key)
             vlm.check_length(run.model, prompt, room, most)
             prompts.append((sample, without_tokens(replace(prompt, video=sample.video))))
         except (VideoError, PromptError) as e:

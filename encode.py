@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from flow import Ranks
+from plumbing.families import vision_width
 from plumbing.ranks import on_first, shard, start, together  # noqa: F401  scripts call start
 from plumbing.store import Disk, sha256
 
@@ -67,7 +68,7 @@ def encode(tower, open_patches, ranks, at_once=AT_ONCE):
         lo, hi = shard(grid[0], rank, ranks.sp)
         sizes.append((hi - lo) * tokens_per_patch)
     # An all-gather takes equal parts: each is padded to the largest, and cut afterwards.
-    width = tower.config.out_hidden_size
+    width = vision_width(tower.config)
     padded = torch.zeros(max(sizes), width, dtype=tower.dtype, device=ranks.device)
     if parts:
         padded[:sizes[ranks.sp_rank]] = torch.cat(parts)
@@ -87,7 +88,9 @@ def encode_own_frames(tower, open_patches, ranks, at_once):
         # A grid for each temporal patch: the same result as one for all, and the only form
         # that GLM-4.1V's tower takes.
         grids = torch.tensor([[1, h, w]] * (last - first), device=ranks.device)
-        parts.append(tower(patches, grid_thw=grids).pooler_output)
+        out = tower(patches, grid_thw=grids)
+        deepstack = getattr(out, "deepstack_features", ())             # see families.deepstack
+        parts.append(torch.cat([out.pooler_output, *deepstack], dim=1))
     return (t, h, w), h * w // merge ** 2, parts
 
 
@@ -103,7 +106,7 @@ class Cache:
     def __init__(self, most=4 << 30, folder="", say=print):
         """say(line) is called on one rank of a group. Raises ValueError if the folder cannot be
         made or written to."""
-        self.kept = OrderedDict()          # {key: (vision, (t,h,w), seconds)}, last used last
+        self.kept = OrderedDict()          # {key: (vision, (t,h,w), ...)}, last used last
         self.bytes = 0                     # of the vision tokens kept
         self.most = most
         self.disk = Disk(folder, say) if folder else None
@@ -136,8 +139,8 @@ class Cache:
         return key in self.kept or (self.disk is not None and self.disk.has(key))
 
     def get(self, key, make, ranks=ALONE):
-        """What make() -> (vision [V,D], (t,h,w), seconds) returned for this key: earlier, in
-        another run, or now. vision is on the CPU.
+        """What make() -> (vision [V,D], (t,h,w), seconds, frames) returned for this key: earlier,
+        in another run, or now. vision is on the CPU.
 
         All sp ranks call this with the same keys in the same order: then their memories hold the
         same. What make raises passes through, and nothing is kept of it.

@@ -31,6 +31,7 @@ from plumbing.tiny import build_tiny
 from plumbing.tower_attention import FRAMES_ATTENTION
 
 ALONE = Ranks()
+check_length = families.check_length       # its name for callers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -83,11 +84,12 @@ class VideoPatches:
 def encode_video(model, open_video, ranks):
     """A video's vision tokens, its frames sharded over the sp ranks (MR-SP, stage 1).
 
-    open_video() -> `Video`. Returns (vision [V,D], (t, h, w) in patches, seconds between frames).
+    open_video() -> `Video`. Returns (vision [V,D], (t, h, w) in patches, seconds between frames,
+    how many frames).
     """
     patches = VideoPatches(open_video, model.pixels)
     vision, grid = encode.encode(model.model.visual, patches.open, ranks)
-    return vision, grid, patches.video.seconds
+    return vision, grid, patches.video.seconds, patches.video.frames
 
 
 def frames_to_read(model, video, ranks):
@@ -144,38 +146,27 @@ def mrope_positions(ids, pad, grids, merge, interval):
     return torch.cat(parts, dim=1).to(ids.device)                      # [3, P]
 
 
-def make_prompt(model, tokenizer, question, vision, grid, seconds, key=""):
+def make_prompt(model, tokenizer, question, vision, grid, seconds, frames=None, key=""):
     """One user turn of the model's chat template: the video, the question, INSTRUCTION.
 
     vision: [V,D], what encode_video returned for grid (t, h, w); seconds: between two frames;
-    key: the video's name in the cache. -> `Prompt`. Raises ValueError if the template has no
-    place for a video, or where vision does not fill the grid.
+    frames: how many, None if they fill the grid; key: the video's name in the cache.
+    -> `Prompt`. Raises ValueError if the template has no place for a video, or where vision does
+    not fill the grid.
     """
-    px = model.pixels
     before, between, after = families.template_ids(model.config, tokenizer)
-    video, grids, interval = families.video_ids(model.config, tokenizer, grid, seconds, px)
+    video, grids, interval = families.video_ids(model, tokenizer, grid, seconds, frames)
     question = families.tokenize_text(tokenizer, question)     # never as control tokens
     ids = torch.tensor(before + video + between + question + after)
     pad = vision_pad(model.config)
-    if len(vision) != video.count(pad):
-        raise ValueError(f"{video.count(pad)} vision pads but {len(vision)} vision tokens")
-    positions = mrope_positions(ids, pad, grids, px.merge, interval)
+    shape = video.count(pad), families.vision_width(model.config.vision_config)
+    if len(vision) != shape[0]:
+        raise ValueError(f"{shape[0]} vision pads but {len(vision)} vision tokens")
+    if vision.shape != shape:
+        raise ValueError(f"vision tokens of {vision.shape[1]} features, not {shape[1]}")
+    positions = mrope_positions(ids, pad, grids, model.pixels.merge, interval)
     return Prompt(ids.to(vision.device), positions.to(vision.device), vision, grids,
-                  seconds * px.temporal, key)
-
-
-def check_length(model, prompt, room, vllm_length=None):
-    """Raises PromptError if prompt and `room` more tokens do not fit the model, or vLLM's own
-    limit if there is one. Nothing is ever cut off."""
-    limit = model.config.text_config.max_position_embeddings
-    name = f"the model's {limit}"
-    if vllm_length and vllm_length < limit:
-        limit = vllm_length
-        name = f"vllm_length = {limit}"
-    if len(prompt.ids) + room > limit:
-        raise PromptError(f"a prompt of {len(prompt.ids)} tokens ({len(prompt.vision)} of them "
-                          f"vision) and {room} for the answer do not fit {name}; "
-                          "lower frames or max_pixels")
+                  seconds * model.pixels.temporal, key)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,22 +237,29 @@ class Packed:
         return torch.cat(out, dim=2)                                   # [B, heads, P+C, d]
 
 
+def vision_at(model, ids, visions, columns=None):
+    """Where the vision tokens stand. See `splice`. -> (pads bool [B,s], their tokens [v,D])"""
+    pads = ids == vision_pad(model.config)                             # [B, S]
+    vision = torch.cat(list(visions)).to(ids.device)
+    count = int(pads.sum())
+    if count != len(vision):
+        raise ValueError(f"{count} vision pads in the sequence but {len(vision)} vision tokens")
+    if columns is None:
+        return pads, vision
+    vision_index = pads.flatten().cumsum(0).view_as(pads) - 1          # [B, S], its row in vision
+    pads = pads[:, columns]
+    return pads, vision[vision_index[:, columns][pads]]
+
+
 def splice(model, ids, visions, columns=None):
     """Text embeddings, with the vision tokens in the places of the pads.
 
     ids: long [B,S]; visions: a [V,D] for each row; columns: long [s], the places that are wanted,
     None for all. -> [B,s,D]. Raises ValueError if pads and vision tokens are not as many.
     """
-    pads = ids == vision_pad(model.config)                             # [B, S]
-    vision = torch.cat(list(visions)).to(ids.device)
-    count = int(pads.sum())
-    if count != len(vision):
-        raise ValueError(f"{count} vision pads in the sequence but {len(vision)} vision tokens")
+    pads, vision = vision_at(model, ids, visions, columns)
     if columns is not None:
-        vision_index = pads.flatten().cumsum(0).view_as(pads) - 1      # [B, S], its row in vision
         ids = ids[:, columns]
-        pads = pads[:, columns]
-        vision = vision[vision_index[:, columns][pads]]
     embeds = model.get_input_embeddings()(ids)                         # [B, s, D]
     return embeds.masked_scatter(pads[..., None], vision.to(embeds.dtype))
 
@@ -326,16 +324,19 @@ def forward(model, attention, ids, positions, visions, prefix, ranks):
     """The language model over packed sequences, or over this rank's share of them (MR-SP stage 2).
 
     attention: see `call_attention`; ids: long [B,S]; positions: long [3,B,S]; visions: a [V,D] for
-    each row; prefix: how many of the S places are the prefix's; it and the rest are multiples of
-    sp.
+    each row, with deepstack's features a [V,D*(1+n)]; prefix: how many of the S places are the
+    prefix's; it and the rest are multiples of sp.
     Returns (hidden [B,S/sp,D], local [S]: where in it a place is, -1 where on another rank).
     """
     columns = encode.columns(prefix, ids.shape[1] - prefix, ranks).to(ids.device)  # [S/sp]
     if ranks.sp > 1:
         attention = encode.Ulysses(attention, prefix // ranks.sp, ranks)
+    D = model.config.text_config.hidden_size
+    embeds = splice(model, ids, [vision[:, :D] for vision in visions], columns)
+    pads, features = vision_at(model, ids, [vision[:, D:] for vision in visions], columns)
     hidden = model.model.language_model(
-        inputs_embeds=splice(model, ids, visions, columns), position_ids=positions[:, :, columns],
-        use_cache=False, attention=attention).last_hidden_state
+        inputs_embeds=embeds, position_ids=positions[:, :, columns], use_cache=False,
+        attention=attention, **families.deepstack(pads, features, D)).last_hidden_state
     local = torch.full((ids.shape[1],), -1, device=ids.device)
     local[columns] = torch.arange(len(columns), device=ids.device)
     return hidden, local

@@ -380,8 +380,8 @@ def main():
     dtype = c.dtype or ("float32" if ranks.device == "cpu" else "bfloat16")
     model, tokenizer = vlm.load(c.model, ranks.device, getattr(torch, dtype), c.max_pixels)
     open_video = partial(data.open_video, c.video, c.frames)
-    vision, (t, h, w), seconds = vlm.encode_video(model, open_video, ranks)
-    prompt = vlm.make_prompt(model, tokenizer, c.question, vision, (t, h, w), seconds)
+    vision, (t, h, w), *about = vlm.encode_video(model, open_video, ranks)
+    prompt = vlm.make_prompt(model, tokenizer, c.question, vision, (t, h, w), *about)
     how = limits(c.think_budget, c.answer_budget, think_least=c.think_least)
     vlm.check_length(model, prompt, room(tokenizer, **how))
 

@@ -7,10 +7,16 @@ from contextlib import contextmanager
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from plumbing.families import FAMILIES, read_pixels
+from plumbing.families import FAMILIES, family_of, read_family, read_pixels
 
 logging.disable_progress_bar()          # train.py's bar is enough
 
@@ -31,20 +37,22 @@ def load_pretrained(name, dtype):
             hint = "; run train.py first" if os.path.normpath(name) == "out/model" else ""
             raise ValueError(f"{name} is no checkpoint: it has no config.json{hint}")
     with in_one_line(name):
-        kind = AutoConfig.from_pretrained(name).model_type
-    if kind not in FAMILIES:
-        raise ValueError(unknown_family(name, kind))
+        config = AutoConfig.from_pretrained(name)
+        written, _ = PreTrainedConfig.get_config_dict(name)
+    check_config(name, config, written)
+    family = read_family(name, config.model_type)
+    pixels = read_pixels(name, family)
     with in_one_line(name):
         model, info = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    pixels = read_pixels(name, FAMILIES[kind])
     wrong = []
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         wrong += [str(tensor) for tensor in sorted(info[key])]
     if wrong:
         raise ValueError(f"{name}: tensors missing, not expected or of another shape: "
                          f"{', '.join(wrong[:5])} ({len(wrong)} in all)")
+    model.family = family
     return model, tokenizer, pixels
 
 
@@ -55,7 +63,7 @@ def in_one_line(name):
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError,
-            SafetensorError) as e:
+            SafetensorError, RuntimeError) as e:           # RuntimeError: of experts, to be stacked
         if os.path.isdir(name):
             what = f"{name} has a file that is missing, damaged or of another kind"
         else:
@@ -65,13 +73,31 @@ def in_one_line(name):
         raise ValueError(f"{what}. transformers said: {type(e).__name__}: {text}") from e
 
 
-def unknown_family(name, kind):
-    """The text of the error for a checkpoint of an unknown family."""
-    text = f"{name} is a {kind} model; this code reads {' and '.join(FAMILIES)} checkpoints"
-    if kind.startswith("qwen3_vl"):
-        text += ("; its tower adds features to several layers of the language model (deepstack), "
-                 "and what is cached, gathered and sharded here is one vector a vision token")
-    return text
+def check_config(name, config, written):
+    """Raises ValueError for a model of an unknown family, or one that is not what its family is.
+
+    config: as transformers understands it; written: the content of config.json.
+    """
+    kind = config.model_type
+    if kind not in FAMILIES:
+        raise ValueError(f"{name} is a {kind} model; this code reads {', '.join(FAMILIES)} "
+                         "checkpoints")
+    # transformers ignores what is not where it looks, and fills in the sizes of another model.
+    for part in ("text_config", "vision_config"):
+        known = type(getattr(config, part)).model_type
+        says = written.get(part, {}).get("model_type", known)
+        if says not in (known, kind):                      # older files have the whole model's
+            raise ValueError(f"{name}: the {part} of a {kind} model is a {known}, and config.json "
+                             f"says {says}")
+    text = config.text_config
+    if "text_config" not in written and written.get("hidden_size") != text.hidden_size:
+        raise ValueError(f"{name}: config.json has no text_config, where transformers expects the "
+                         f"sizes of a {kind} model's layers")
+    # Other layers read a packed row as one text, and ignore who may see whom.
+    others = set(getattr(text, "layer_types", None) or []) - {"full_attention"}
+    if others:
+        raise ValueError(f"{name} has layers of {', '.join(sorted(others))}; this code trains "
+                         "models whose layers all have full attention")
 
 
 def cast_parameters(model, dtype):
@@ -89,13 +115,38 @@ def cast_parameters(model, dtype):
 # --------------------------------------------------------------------------------------------------
 # saving
 
+def has_experts(model):
+    """Whether the model is a mixture of experts."""
+    return any(".mlp.experts." in name for name, _ in model.named_parameters())
+
+
+def published(model, weights):
+    """Weights of a mixture of experts under the names and in the shapes of published checkpoints,
+    which vLLM reads. transformers stacks the experts of a layer when it loads them.
+
+    weights: {name: tensor}, any of the model's. -> {name: tensor}
+    """
+    weights = revert_weight_conversion(model, weights)
+    for name, w in weights.items():
+        # Qwen3-VL-MoE's are published as [experts, in, out]. transformers 5.19 transposes them when
+        # it loads, but not back.
+        stacked = name.endswith(("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
+        if stacked and w.shape == model.get_parameter(name).shape:
+            weights[name] = w.transpose(1, 2).contiguous()
+    return weights
+
+
 def save_pretrained(model, tokenizer, path, weights=None):
     """A checkpoint that transformers and vLLM load as it is: weights, configs, tokenizer and
     preprocessing. weights: {name: tensor}, gathered, if those of the model are sharded."""
-    model.save_pretrained(path, state_dict=weights)
+    if has_experts(model):
+        weights = published(model, weights or model.state_dict())
+        model.save_pretrained(path, state_dict=weights, save_original_format=False)
+    else:
+        model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)
     px = model.pixels
-    family = FAMILIES[model.config.model_type]
+    family = family_of(model)
     shared = {"image_mean": px.mean, "image_std": px.std, "patch_size": px.patch,
               "temporal_patch_size": px.temporal, "merge_size": px.merge}
     least, most = px.video_pixels or (px.min_pixels, px.max_pixels)
@@ -104,7 +155,8 @@ def save_pretrained(model, tokenizer, path, weights=None):
     if px.video_pixels:
         # Pictures then have other bounds, which we do not read: write transformers' defaults, since
         # vLLM has none.
-        images = {"size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000}}
+        least, most = family.image_bounds
+        images = {"size": {"shortest_edge": least, "longest_edge": most}}
         if px.max_pixels < px.video_pixels[1]:
             videos = videos | {"max_frame_pixels": px.max_pixels}
     images = images | {"image_processor_type": family.image_processor}

@@ -4,12 +4,12 @@ writes a prompt, and the bounds on a frame's pixels, which are read from the che
 """
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers.utils import cached_file
 
-from flow import Pixels, VideoError
+from flow import Pixels, PromptError, VideoError
 
 # The last line of every question. plumbing/tiny.py makes each of its words one token.
 INSTRUCTION = ("First reason between <think> and </think>, "
@@ -20,30 +20,79 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>",    # GLM-4.1V has contro
 
 @dataclass(frozen=True)
 class Family:
-    """What this code must know about a family of models."""
-    image_processor: str   # the names of the processors in transformers: for pictures,
-    video_processor: str   # for videos,
-    processor: str         # and for both with text
+    """What this code must know about a family of checkpoints. A checkpoint names its family by its
+    processor: models of one type may write the times of a video in different forms."""
+    models: tuple          # model_type in config.json, of each kind of checkpoint in the family
+    processor: str         # the names of the processors in transformers: for a whole prompt,
+    image_processor: str   # for its pictures,
+    video_processor: str   # and for its videos
     vision_pad: str        # the config's name of the id that holds the place of a vision token
     around: tuple = ()     # the config's names of the ids before and after a temporal patch
-    clock: str = ""        # text after a temporal patch that gives its time; "" if the time is in
-                           # the M-RoPE positions and all temporal patches are one run of pads
-    video_bounds: bool = False  # the files bound the pixels of a whole video, not those of a frame
+    clock: str = ""        # a temporal patch and its time as text, see video_ids; "" if the time is
+                           # in the M-RoPE positions and all temporal patches are one run of pads
+    video_bounds: tuple = ()   # transformers' own bounds on the pixels of a whole video, where a
+                               # file has none; () if the bounds are of a frame
+    image_bounds: tuple = ()   # its bounds on a picture, if those are others
 
 
-FAMILIES = {   # model_type in config.json -> Family
-    "qwen2_5_vl": Family("Qwen2VLImageProcessor", "Qwen2VLVideoProcessor", "Qwen2_5_VLProcessor",
-                         vision_pad="video_token_id"),
-    # GLM-4.1V writes a video as its pictures, with the second of each as text after it.
-    "glm4v": Family("Glm4vImageProcessor", "Glm4vVideoProcessor", "Glm4vProcessor",
-                    vision_pad="image_token_id", clock="{second}", video_bounds=True,
-                    around=("image_start_token_id", "image_end_token_id")),
-}
+QWEN2_5_VL = Family(
+    ("qwen2_5_vl",), "Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor",
+    vision_pad="video_token_id")
+GLM_4_1V = Family(         # and GLM-4.5V
+    ("glm4v", "glm4v_moe"), "Glm4vProcessor", "Glm4vImageProcessor", "Glm4vVideoProcessor",
+    vision_pad="image_token_id", around=("image_start_token_id", "image_end_token_id"),
+    clock="{patch}{second}", video_bounds=(112 * 112, 28 * 28 * 2 * 30000),
+    image_bounds=(112 * 112, 28 * 28 * 15000))
+GLM_4_6V = replace(        # which may have the model_type of GLM-4.1V or GLM-4.5V
+    GLM_4_1V, models=("glm46v", "glm4v", "glm4v_moe"), processor="Glm46VProcessor",
+    image_processor="Glm46VImageProcessor", video_processor="Glm46VVideoProcessor",
+    clock="{patch}{first:.1f} seconds")
+QWEN3_VL = Family(
+    ("qwen3_vl", "qwen3_vl_moe"),
+    "Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor",
+    vision_pad="video_token_id",
+    around=("vision_start_token_id", "vision_end_token_id"),
+    clock="<{mean:.1f} seconds>{patch}", video_bounds=(128 * 32 * 32, 768 * 32 * 32),
+    image_bounds=(256 * 256, 4096 * 4096))
+
+FAMILIES = {}              # {model_type: `Family` of a checkpoint that names no processor}
+PROCESSORS = {}            # {processor: `Family`}
+for family in (QWEN2_5_VL, GLM_4_1V, GLM_4_6V, QWEN3_VL):
+    PROCESSORS[family.processor] = family
+    for model_type in family.models:
+        FAMILIES.setdefault(model_type, family)
+
+
+def family_of(model):
+    """The `Family` of a model: that of its checkpoint's processor, else that of its type."""
+    return getattr(model, "family", FAMILIES[model.config.model_type])
 
 
 def vision_pad(config):
     """The id that holds the place of a vision token."""
     return getattr(config, FAMILIES[config.model_type].vision_pad)
+
+
+def deepstack_levels(tower_config):
+    """How many layers of the language model get vision features of their own (Qwen3-VL)."""
+    return len(getattr(tower_config, "deepstack_visual_indexes", ()))
+
+
+def vision_width(tower_config):
+    """The features of a vision token: D, and D more for each level of deepstack."""
+    return tower_config.out_hidden_size * (1 + deepstack_levels(tower_config))
+
+
+def deepstack(pads, features, D):
+    """The features that Qwen3-VL adds to the hidden states of the vision tokens after its first n
+    layers, as its language model takes them. -> {} if n is 0
+
+    They stand behind a token's own D features: whatever shards, gathers, keeps or moves vision
+    tokens need not know of them. pads: bool [B,s], where the v tokens stand; features: [v,n*D].
+    """
+    if not features.shape[1]:
+        return {}
+    return {"visual_pos_masks": pads, "deepstack_visual_embeds": features.split(D, dim=1)}
 
 
 def stop_ids(model, tokenizer):
@@ -129,63 +178,127 @@ def break_up(text, control):
     return parts
 
 
-def video_ids(config, tokenizer, grid, seconds, px):
+def video_ids(model, tokenizer, grid, seconds, frames=None):
     """The ids that represent a video in a prompt.
 
-    config: the model's; grid: (t, h, w) in patches; seconds: between two frames; px: `Pixels`.
+    grid: (t, h, w) in patches; seconds: between two frames; frames: how many there are, None if
+    they fill the t temporal patches.
     -> (ids, the grid of each run of pads in them, M-RoPE positions between the temporal patches
     of a run)
     """
-    family = FAMILIES[config.model_type]
+    config, px = model.config, model.pixels
+    family = family_of(model)
     t, h, w = grid
+    frames = frames or t * px.temporal
     pads = [vision_pad(config)] * (h * w // px.merge ** 2)             # of one temporal patch
     if not family.clock:
         interval = seconds * px.temporal * config.vision_config.tokens_per_second
         return pads * t, [grid], interval
     start, end = (getattr(config, name) for name in family.around)
+    before, after = family.clock.split("{patch}")
+    # Frames are taken from the middle of equal parts of the video, hence 0.5.
+    times = [round((frame + 0.5) * seconds, 6) for frame in range(frames)]
     ids = []
-    for i in range(t):
-        # The time of a temporal patch is that of its first frame. Frames are taken from the middle
-        # of equal parts of the video, hence 0.5.
-        second = int((i * px.temporal + 0.5) * seconds + 1e-6)
+    for i in range(0, frames, px.temporal):
+        first = times[i]
+        last = times[min(i + px.temporal, frames) - 1]     # an odd last frame fills its patch alone
+        time = {"first": first, "second": int(first + 1e-6), "mean": (first + last) / 2}
+        ids += tokenize(tokenizer, before.format(**time))
         ids += [start, *pads, end]
-        ids += tokenize(tokenizer, family.clock.format(second=second))
+        ids += tokenize(tokenizer, after.format(**time))
     return ids, [(1, h, w)] * t, 0.0
+
+
+def check_length(model, prompt, room, vllm_length=None):
+    """Raises PromptError if prompt and `room` more tokens do not fit the model, or vLLM's own
+    limit if there is one. Nothing is ever cut off."""
+    limit = model.config.text_config.max_position_embeddings
+    name = f"the model's {limit}"
+    if vllm_length and vllm_length < limit:
+        limit = vllm_length
+        name = f"vllm_length = {limit}"
+    if len(prompt.ids) + room > limit:
+        raise PromptError(f"a prompt of {len(prompt.ids)} tokens ({len(prompt.vision)} of them "
+                          f"vision) and {room} for the answer do not fit {name}; "
+                          "lower frames or max_pixels")
 
 
 # --------------------------------------------------------------------------------------------------
 # pixels
 
+FILES = "video_preprocessor_config.json", "processor_config.json", "preprocessor_config.json"
+
+
+def read_file(name, file):
+    """A JSON file of a checkpoint directory or hub name. -> (path, content); (None, {}) if there is
+    no such file. Raises ValueError if it is damaged."""
+    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return None, {}
+    try:
+        with open(path) as f:
+            content = json.load(f)
+    except ValueError as e:
+        raise ValueError(f"{path}: damaged ({e})") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: damaged (it is no JSON object)")
+    return path, content
+
+
+def read_family(name, model_type):
+    """The `Family` of a checkpoint directory or hub name, by the processor that its files name.
+    Raises ValueError if they name one that does not go with the model, or several."""
+    named = {}                                             # {processor: file}
+    for file in (*FILES, "tokenizer_config.json"):
+        processor = read_file(name, file)[1].get("processor_class")
+        if processor and not (named and file == "tokenizer_config.json"):
+            named.setdefault(processor, file)
+    if not named:
+        return FAMILIES[model_type]
+    if len(named) > 1:
+        texts = " but ".join(f"{file} names {processor}" for processor, file in named.items())
+        raise ValueError(f"{name}: {texts}; copy the files its authors publish")
+    [(processor, file)] = named.items()
+    family = PROCESSORS.get(processor)
+    if family is None or model_type not in family.models:
+        known = [p for p, family in PROCESSORS.items() if model_type in family.models]
+        raise ValueError(f"{name}: {file} names the processor {processor}, and a {model_type} "
+                         f"model is read here with {' or '.join(known)}: another writes another "
+                         "prompt")
+    return family
+
+
 def read_pixels(name, family):
     """The `Pixels` of a checkpoint directory or hub name. Raises ValueError if it has no
     preprocessing file, or a damaged one."""
-    files = "video_preprocessor_config.json", "processor_config.json", "preprocessor_config.json"
-    for file in files:
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-        if path is None:
+    for file in FILES:
+        path, content = read_file(name, file)
+        content = content.get("video_processor", content)
+        if "image_mean" not in content:
             continue
         try:
-            with open(path) as f:
-                content = json.load(f)
-            content = content.get("video_processor", content)
-            if "image_mean" in content:
-                return to_pixels(content, family)
+            return to_pixels(content, family)
         except KeyError as e:
             raise ValueError(f"{path}: it has no {e}") from e
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}: damaged ({e})") from e
-    raise ValueError(f"{name} has no {files[0]}, {files[1]} or {files[2]} with image_mean in it; "
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from e
+    raise ValueError(f"{name} has no {FILES[0]}, {FILES[1]} or {FILES[2]} with image_mean in it; "
                      "copy the one its authors publish")
 
 
 def to_pixels(content, family):
-    """The content of a preprocessing file as `Pixels`. Raises KeyError for what it lacks."""
+    """The content of a preprocessing file as `Pixels`. Raises KeyError for what it lacks,
+    ValueError for what is not read here."""
+    if content.get("cap_pixels_per_frame"):
+        raise ValueError("cap_pixels_per_frame is not read here: set it to false, and lower "
+                         "--max_pixels instead")
     size = content.get("size") or {}
     shared = [content[key] for key in ("image_mean", "image_std", "patch_size",
                                        "temporal_patch_size", "merge_size")]
-    if family.video_bounds:                                # the defaults are transformers'
-        least = size.get("shortest_edge", 112 * 112)
-        most = size.get("longest_edge", 28 * 28 * 2 * 30000)
+    if family.video_bounds:
+        least, most = family.video_bounds
+        least = size.get("shortest_edge", least)
+        most = size.get("longest_edge", most)
         # max_frame_pixels is ours: checkpoints.save_pretrained writes it.
         most_of_frame = content.get("max_frame_pixels", most)
         return Pixels(*shared, min_pixels=0, max_pixels=most_of_frame, video_pixels=(least, most))

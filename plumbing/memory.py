@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, Glm4vConfig, Qwen2_5_VLConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Glm4vConfig,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+)
+
+from plumbing.families import vision_width
+from plumbing.shapes import QWEN3_SHAPES, SHAPES
 
 HEAD_CHUNK = 2048          # model.logprobs: positions that go through the head at once
 MASK_CHUNK = 1 << 24       # model.Packed: elements of one attention mask, at most
@@ -22,30 +31,16 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
 # --------------------------------------------------------------------------------------------------
 # shapes
 
-def qwen_shape(hidden, mlp, layers, heads, kv_heads, vocabulary, tied):
-    """The config of a published Qwen2.5-VL, as far as it differs from transformers' defaults."""
-    text = dict(
-        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
-        tie_word_embeddings=tied, max_position_embeddings=128000,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
-    vision = dict(
-        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=hidden,
-        tokens_per_second=2)
-    return {"text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
-
-
-SHAPES = {
-    "3b": qwen_shape(2048, 11008, 36, 16, 2, 151936, tied=True),
-    "7b": qwen_shape(3584, 18944, 28, 28, 4, 152064, tied=False),
-}
-NAMES = (*SHAPES, "9b")
+NAMES = (*QWEN3_SHAPES, *SHAPES, "9b")
 
 
 def read_config(name):
-    """The config of a model: 3b, 7b (Qwen2.5-VL), 9b (GLM-4.1V), or a checkpoint directory."""
+    """The config of a model: 2b, 4b, 8b (Qwen3-VL), 3b, 7b (Qwen2.5-VL), 9b (GLM-4.1V and
+    GLM-4.6V-Flash), or a checkpoint directory."""
     if name == "9b":
         return Glm4vConfig()
+    if name in QWEN3_SHAPES:
+        return Qwen3VLConfig(**QWEN3_SHAPES[name])
     if name in SHAPES:
         return Qwen2_5_VLConfig(**SHAPES[name])
     return AutoConfig.from_pretrained(name)
@@ -68,22 +63,31 @@ def random_model(name, special_ids, device, dtype, seed):
 class Sizes:
     """The sizes of a language model that the counts below need."""
     hidden: int            # D, features of a position
-    mlp: int               # F, features inside the MLP
+    vision: int            # features of a vision token: D, more with deepstack
+    mlp: int               # F, features inside the MLP, in a mixture those of a token's experts
     layers: int
     heads: int
     kv_heads: int
     head_dim: int          # d
     vocabulary: int
-    norms: int             # per layer
+    norms: int             # per layer, over the D features of a position
+    head_norms: bool       # whether queries and keys are normalised too, over the d of a head
 
 
 def sizes(config):
     """The `Sizes` of a model's config."""
     c = config.text_config
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    norms = 4 if config.model_type == "glm4v" else 2
-    return Sizes(c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads,
-                 c.num_key_value_heads, head_dim, c.vocab_size, norms)
+    names = [name for name, _ in empty_model(config).model.language_model.layers[-1].named_modules()
+             if name.endswith("norm")]
+    in_attention = [name for name in names if name.startswith("self_attn.")]
+    mlp = c.intermediate_size
+    if hasattr(c, "moe_intermediate_size"):
+        experts = c.num_experts_per_tok + getattr(c, "n_shared_experts", 0)
+        mlp = experts * c.moe_intermediate_size
+    return Sizes(c.hidden_size, vision_width(config.vision_config), mlp, c.num_hidden_layers,
+                 c.num_attention_heads, c.num_key_value_heads, head_dim, c.vocab_size,
+                 norms=len(names) - len(in_attention), head_norms=bool(in_attention))
 
 
 @dataclass
@@ -98,14 +102,19 @@ class Parameters:
         return self.trained - m.layers * self.layer
 
 
+def empty_model(config):
+    """A model of this config without memory for its weights."""
+    copy = type(config).from_dict(config.to_dict())        # from_config writes to its argument
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(copy)
+
+
 def count_parameters(config):
     """The `Parameters` of a model of this config, counted without allocating them."""
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
-    copy = type(config).from_dict(config.to_dict())        # from_config writes to its argument
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(copy)
+    model = empty_model(config)
     tower = count(model.model.visual)
     return Parameters(tower, count(model) - tower, count(model.model.language_model.layers[0]))
 
@@ -241,15 +250,15 @@ def cache_bytes(m, step):
     completions, and each rank has the keys and values of the whole prefix."""
     a_position = 2 * m.layers * m.kv_heads * m.head_dim
     return {
-        "vision": step.vision * m.hidden * step.itemsize,
+        "vision": step.vision * m.vision * step.itemsize,
         "prefix_kv": a_position * step.prefix * step.itemsize,
         "completion_kv": a_position * step.group // step.sp * step.completion * step.itemsize,
     }
 
 
-def norm_bytes(m, step):
-    """Saved by a norm at one position: its input in float32, its scale, its normalised input."""
-    return 4 * m.hidden + 4 + step.itemsize * m.hidden
+def norm_bytes(features, step):
+    """Saved by a norm over some features: its input in float32, its scale, its normalised input."""
+    return 4 * features + 4 + step.itemsize * features
 
 
 def layer_bytes(m, step):
@@ -261,12 +270,15 @@ def layer_bytes(m, step):
     in_mlp = 4 * m.mlp
     numbers = into_projections + queries_and_outcome + keys_and_values + in_mlp
     softmax = 4 * m.heads                                  # its float32 normaliser
-    return step.positions * (m.norms * norm_bytes(m, step) + step.itemsize * numbers + softmax)
+    norms = m.norms * norm_bytes(m.hidden, step)
+    if m.head_norms:
+        norms += (m.heads + m.kv_heads) * norm_bytes(m.head_dim, step)
+    return step.positions * (norms + step.itemsize * numbers + softmax)
 
 
 def activation_bytes(m, step):
     """What the forward keeps for the backward, and the masks of the completions' attention."""
-    last_norm = step.positions * norm_bytes(m, step)
+    last_norm = step.positions * norm_bytes(m.hidden, step)
     into_head = step.group * step.completion * m.hidden * step.itemsize // step.sp
     if step.checkpointing:
         a_layer = step.positions * m.hidden * step.itemsize
@@ -287,6 +299,9 @@ def activation_bytes(m, step):
 def temporary_bytes(config, m, step):
     """The peaks of temporary tensors."""
     in_prefill = step.prefix // step.sp * (3 * m.mlp + 4 * m.hidden + 2 * m.head_dim)
+    if m.vision > m.hidden:
+        # Deepstack's features, and hidden states to which they are added.
+        in_prefill += (step.vision * (m.vision - m.hidden) + step.prefix * m.hidden) // step.sp
     probabilities = 20 * step.group // step.sp * m.vocabulary                  # of a decoding step
     layer = step.positions * 2 * (m.mlp - m.hidden) * step.itemsize            # in its backward
     if step.checkpointing:

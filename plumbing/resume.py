@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from plumbing.checkpoints import save_pretrained
 from plumbing.command_line import MAY_CHANGE
 from plumbing.ranks import gather
-from plumbing.sharding import weights
+from plumbing.sharding import kept_buffers, weights
 
 
 def newest(out_dir):
@@ -82,6 +82,7 @@ def save(run, state):
 
         state = tree_map_only(DTensor, lambda x: on_rank_0(x.full_tensor()), state)
         whole_weights = {name: on_rank_0(w) for name, w in weights(run.model)}
+        whole_weights |= kept_buffers(run.model)
     if run.ranks.rank == 0:
         try:
             write(run.config.out_dir, run.model, run.tokenizer, state, whole_weights)

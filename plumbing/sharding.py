@@ -82,6 +82,12 @@ def weights(model, tied=False):
         yield name, weight
 
 
+def kept_buffers(model):
+    """The buffers that a checkpoint has, {name: tensor}. They are not trained and not sharded."""
+    kept = model.state_dict().keys()
+    return {name: x for name, x in model.named_buffers() if name in kept}
+
+
 def like(x, parameter):
     """x, a tensor of a checkpoint, as its parameter needs it: this rank's part if the parameter is
     sharded and x has its shape, else x itself."""

@@ -143,8 +143,8 @@ class Disk:
             yield
 
     def read(self, key):
-        """-> (vision on the CPU, (t,h,w), seconds), bit for bit as written; None if there is no
-        complete entry."""
+        """-> (vision on the CPU, (t,h,w), seconds, frames), bit for bit as written; None if there
+        is no complete entry. One of an older commit has no number of frames."""
         try:
             with safe_open(self.path(key), "pt") as f:
                 about = f.metadata()
@@ -156,15 +156,15 @@ class Disk:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
             self.say(f"{self.path(key)}: a damaged cache entry ({e}); the video is encoded again")
             return None
-        grid, seconds = json.loads(about["video"])
-        return vision, tuple(grid), seconds
+        grid, *others = json.loads(about["video"])
+        return vision, tuple(grid), *others
 
-    def write(self, key, vision, grid, seconds):
+    def write(self, key, vision, grid, *others):
         """Write an entry, under another name first, so that an entry is always complete. The
-        caller holds the lock."""
+        caller holds the lock. others: seconds, frames"""
         path = self.path(key)
         vision = vision.cpu().contiguous()
-        video = json.dumps([grid, seconds])
+        video = json.dumps([grid, *others])
         about = {"video": video, "sha256": self.seal(key, video, vision)}
         try:
             with open(path + ".tmp", "wb") as f:

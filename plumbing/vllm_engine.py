@@ -8,15 +8,23 @@ cache, as all completions find those of their prompt. The weights are a copy, up
 """
 import os
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
 from flow import Completion, Prompt
-from plumbing.families import banned_ids, decode, stop_ids, vision_pad
+from plumbing.checkpoints import published
+from plumbing.families import (
+    banned_ids,
+    decode,
+    deepstack_levels,
+    family_of,
+    stop_ids,
+    vision_pad,
+)
 from plumbing.optimizer import updates
-from plumbing.sharding import weights
+from plumbing.sharding import kept_buffers, weights
 from plumbing.store import sha256
 from plumbing.streams import stream
 
@@ -25,6 +33,8 @@ MOST_BANNED = 1024        # ids with a bias of their own, in vLLM's second model
 # What vLLM's errors advise to change, and its name here.
 OUR_NAMES = {"gpu_memory_utilization": "vllm_memory", "GPU memory utilization": "vllm_memory",
              "max_model_len": "vllm_length"}
+# A model type that vLLM knows under another name.
+SAME_MODEL = {"glm46v": {"model_type": "glm4v", "architectures": ["Glm4vForConditionalGeneration"]}}
 LEAST_BATCH = 8192        # tokens; a video with more vision tokens than vLLM's batch is refused
 
 
@@ -97,22 +107,29 @@ class VLLM:
         self.memory = memory
         self.version = None                # how many updates the weights had that vLLM has
         self.asleep = False
-        glm = model.config.model_type == "glm4v"
-        self.modality = "image" if glm else "video"        # GLM-4.1V writes a video as pictures
-        options = self.options(model, ranks, length, memory, glm)
+        # A video whose times stand between its temporal patches goes to vLLM as pictures.
+        self.modality = "image" if family_of(model).clock else "video"
+        self.picture_pad = model.config.image_token_id
+        self.buffers = kept_buffers(model)
+        levels = deepstack_levels(model.config.vision_config)
+        if levels:
+            keep_deepstack()
+        options = self.options(model, ranks, length, memory)
         torch.cuda.empty_cache()                           # see load
         try:
             self.llm = vllm.LLM(name, **options)
         except (ValueError, NotImplementedError) as e:
             raise ValueError(f"vLLM does not start on {name}: {in_our_words(e)}") from e
-        if glm:
-            # vLLM's GLM model takes embeddings, but its reader of requests does not. Qwen's does.
-            from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalDataParser
-            processor_info = self.llm.renderer.mm_processor.info
+        # vLLM's GLM models take embeddings, but their reader of requests does not. Qwen's does.
+        from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalDataParser
+        processor_info = self.llm.renderer.mm_processor.info
+        if not isinstance(processor_info.data_parser, Qwen2VLMultiModalDataParser):
             processor_info.data_parser = Qwen2VLMultiModalDataParser(model.pixels.merge)
         self.llm.apply_model(refuse_missing_weights)
+        if self.llm.apply_model(deepstack_of)[0] != levels:
+            raise ValueError(f"vLLM does not start on {name}: it would drop the deepstack features")
 
-    def options(self, model, ranks, length, memory, glm):
+    def options(self, model, ranks, length, memory):
         """The arguments of vllm.LLM."""
         length = min(length, model.config.text_config.max_position_embeddings)   # the most it takes
         options = {
@@ -131,10 +148,17 @@ class VLLM:
         }
         if ranks.world > 1:
             options["distributed_executor_backend"] = "external_launcher"        # torchrun
-        if glm:
-            # GLM-4.1V's attention always has biases. vLLM looks for a key that a config need not
-            # have, and drops the biases silently if it is missing.
-            options["hf_overrides"] = {"text_config": {"attention_bias": True}}
+        # vLLM looks for keys that a config need not have: without the first it drops the biases of
+        # GLM-4.1V silently, without the others GLM-4.5V and Qwen3-VL-MoE do not start.
+        attention = model.model.language_model.layers[0].self_attn
+        facts = {"attention_bias": attention.q_proj.bias is not None,
+                 "head_dim": attention.head_dim,
+                 "use_qk_norm": hasattr(attention, "q_norm"),
+                 "norm_topk_prob": True}                   # transformers' always does
+        text = model.config.text_config
+        missing = {key: fact for key, fact in facts.items() if not hasattr(text, key)}
+        options["hf_overrides"] = {"text_config": missing}
+        options["hf_overrides"] |= SAME_MODEL.get(model.config.model_type, {})
         if not self.cuda:
             # On the CPU vLLM cannot split the prefill of a prompt with random numbers of its own,
             # and would share blocks of 128 tokens, more than some prompts have.
@@ -151,8 +175,9 @@ class VLLM:
         elif updates(model) == self.version:
             return
         self.asleep = False
-        # A head that is tied to the embeddings is given under its own name too: else vLLM has none.
-        to_load = ((name, w) for name, w in weights(model, tied=True) if ".visual." not in name)
+        if not self.cuda:
+            self.llm.apply_model(forget_expert_kernels)
+        to_load = self.published_weights(model)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": to_load})
         self.llm.reset_prefix_cache()
         # reload_weights empties the worker's cache of embeddings; the scheduler must know of it.
@@ -168,6 +193,17 @@ class VLLM:
                 raise
             raise ValueError("vLLM does not wake up, the GPU's memory is full: lower vllm_memory "
                              f"({self.memory:g} of it now). It said: {in_our_words(e)}") from e
+
+    def published_weights(self, model):
+        """Yields the name and the tensor of each weight of the language model, as vLLM reads them.
+        """
+        # A head that is tied to the embeddings is given under its own name too: else vLLM has none.
+        every = chain(weights(model, tied=True), self.buffers.items())
+        for name, weight in every:
+            if ".mlp.experts." in name:
+                yield from published(model, {name: weight}).items()
+            elif ".visual." not in name:
+                yield name, weight
 
     def rest(self):
         """Give the GPU's memory to the training that follows. At level 2 vLLM forgets its weights:
@@ -261,7 +297,10 @@ class VLLM:
         """A prompt and the ids written after it, as vLLM reads them."""
         pads = prompt.ids == self.pad
         first_pads = pads & ~pads.roll(1)                  # one of each run: vLLM makes the others
-        ids = prompt.ids[~pads | first_pads].tolist()
+        ids = prompt.ids
+        if self.modality == "image":
+            ids = ids.masked_fill(pads, self.picture_pad)
+        ids = ids[~pads | first_pads].tolist()
         name = prompt.key or sha256("", prompt.vision)
         embeddings = {                                     # seconds are read only for videos
             f"{self.modality}_embeds": prompt.vision,
@@ -280,6 +319,27 @@ def in_our_words(error):
     for theirs, ours in OUR_NAMES.items():
         line = line.replace(theirs, ours)
     return line
+
+
+def keep_deepstack():
+    """Let vLLM add deepstack's features although it has no vision tower. It asks for the tower by
+    the class that stands in its place, which is the only use of that name in these files."""
+    from vllm.model_executor.models import qwen3_vl, qwen3_vl_moe
+    qwen3_vl.StageMissingLayer = qwen3_vl_moe.StageMissingLayer = ()
+
+
+def deepstack_of(inner):
+    """How many layers of vLLM's model get features of deepstack."""
+    return getattr(inner, "deepstack_num_level", 0)
+
+
+def forget_expert_kernels(inner):
+    """vLLM's CPU build packs the weights of experts only when it makes their kernel, and would
+    leave new ones unpacked: after this it makes the kernel again."""
+    for module in inner.modules():
+        method = getattr(module, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
+            method.moe_kernel = None
 
 
 def refuse_missing_weights(inner):

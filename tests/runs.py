@@ -353,7 +353,7 @@ def group_of(slot, model, tokenizer):
     noise, n = torch.Generator().manual_seed(slot), VISION[slot]
     vision = torch.randn(n, 128, generator=noise)
     prompt = vlm.make_prompt(model, tokenizer, "Which" + " red" * slot, vision, (n, 2, 2), 0.5,
-                             f"video {slot}")
+                             key=f"video {slot}")
     completions = []
     for length in torch.randint(2, 9 + 4 * slot, (4,), generator=noise).tolist():
         sampled = torch.rand(length, generator=noise) < 0.8

@@ -106,7 +106,7 @@ def case_films(model, ranks):
     for frames in (1, 2, 7, 13):
         reads = []
         video = some_film(frames, reads)
-        vision, grid, seconds = vlm.encode_video(model, lambda video=video: video, ranks)
+        vision, grid, seconds, _ = vlm.encode_video(model, lambda video=video: video, ranks)
         results[frames] = dict(vision=vision, grid=grid, seconds=seconds, reads=reads)
     return results
 
@@ -393,9 +393,9 @@ def test_a_video_is_patched_frame_by_frame_as_a_whole(tower):
     model = tiny_model()
     for frames in (1, 2, 13):
         video = some_film(frames)
-        vision, grid, seconds = vlm.encode_video(model, lambda video=video: video, ALONE)
+        vision, grid, seconds, n = vlm.encode_video(model, lambda video=video: video, ALONE)
         patches, right = vlm.patchify(video.read(0, frames), model.pixels)
-        assert grid == right and seconds == 0.5 * frames
+        assert grid == right and seconds == 0.5 * frames and n == frames
         with torch.no_grad():
             tokens = tower(patches, grid_thw=torch.tensor([right])).pooler_output
         assert torch.allclose(vision, tokens, atol=1e-5, rtol=0)
@@ -444,7 +444,7 @@ def test_equal_shards_are_equal_bit_for_bit(brought, tower):
 def test_sharded_video_equals_whole_and_each_frame_is_read_once(brought, world, frames):
     """Odd frame counts, and fewer frames than ranks: a rank without frames still knows grid and
     seconds."""
-    vision, grid, seconds = vlm.encode_video(tiny_model(), lambda: some_film(frames), ALONE)
+    vision, grid, seconds, _ = vlm.encode_video(tiny_model(), lambda: some_film(frames), ALONE)
     results = [r[frames] for r in brought(world, "case_films")]
     for r in results:
         assert r["grid"] == grid and r["seconds"] == seconds == 0.5 * frames

@@ -1,7 +1,7 @@
 """python -m pytest tests/test_families.py -q
 
-Every family of checkpoints that `model.load` reads, each by a tiny one with random weights:
-Qwen2.5-VL and GLM-4.1V. The slow path is transformers' own: processor, positions, vision tower,
+Every kind of checkpoint that `model.load` reads, each by a tiny one with random weights (see
+tiny_families.py). The slow path is transformers' own: processor, positions, vision tower,
 forward over pixels, `generate`. Two real ranks over gloo against one: see worlds.py.
 """
 import copy
@@ -11,7 +11,9 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,22 +22,22 @@ import torch
 import torch.distributed as dist
 import worlds
 from PIL import Image
+from runs import same
 from safetensors.torch import load_file, save_file
-from small import answers, film, frames, shake, thinker
-from tokenizers import AddedToken
+from small import answers, film, frames, thinker
+from tiny_families import KINDS, build, is_glm, tiny_glm, tiny_qwen3
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
-    Glm4vConfig,
-    Glm4vForConditionalGeneration,
     LlamaConfig,
-    Qwen3VLConfig,
 )
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
 from transformers.models.glm4v.video_processing_glm4v import Glm4vVideoProcessor
 from transformers.models.glm4v.video_processing_glm4v import smart_resize as smart_resize_of_video
+from transformers.models.glm46v.processing_glm46v import Glm46VProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 from worlds import World
 
@@ -45,77 +47,27 @@ import rewards
 import rollout
 from flow import Pixels, Ranks
 from plumbing import families
+from plumbing.checkpoints import save_pretrained
 from plumbing.families import FAMILIES, INSTRUCTION, TAGS, frame_size, read_pixels
-from plumbing.sharding import recompute_layers
+from plumbing.sharding import kept_buffers, recompute_layers, shard_parameters, weights
 from plumbing.tiny import build_tiny
 
 ALONE = Ranks()
-CONTROLS = """[gMASK] <sop> <|system|> <|user|> <|assistant|> <|observation|> <|begin_of_image|>
-<|end_of_image|> <|begin_of_video|> <|end_of_video|> <|image|> <|video|> <think> </think> <answer>
-</answer> <|begin_of_box|> <|end_of_box|>""".split()
-TEMPLATE = """[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>
-{% for p in m.content %}{% if p.type == 'video' %}<|begin_of_video|><|video|><|end_of_video|>\
-{% else %}{{ p.text }}{% endif %}{% endfor %}
-{%- endfor %}{% if add_generation_prompt %}<|assistant|>
-{% endif %}"""
-SPECIAL = {"image_token_id": "<|image|>", "video_token_id": "<|video|>",
-           "image_start_token_id": "<|begin_of_image|>", "image_end_token_id": "<|end_of_image|>",
-           "video_start_token_id": "<|begin_of_video|>", "video_end_token_id": "<|end_of_video|>"}
-
-
-def tiny_glm(tie=False):
-    """GLM-4.1V's architecture, half of a head rotated, fewer kv heads than heads, rows of the
-    vocabulary that no token owns; its control tokens, the tags among them; a turn that ends with
-    </answer>. -> (model, tokenizer), not yet as `model.load` gives them"""
-    tokenizer = build_tiny()[1]
-    tokenizer.add_tokens([AddedToken(c, special=True, normalized=False) for c in CONTROLS])
-    tokenizer.eos_token, tokenizer.chat_template = "<|endoftext|>", TEMPLATE
-    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids([*SPECIAL.values()])))
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
-            "mrope_section": [2, 3, 3]}
-    text = dict(vocab_size=len(tokenizer) + 13, hidden_size=128, intermediate_size=192,
-                num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                max_position_embeddings=4096, rope_parameters=rope, initializer_range=0.07)
-    tower = dict(model_type="glm4v", depth=2, hidden_size=64, num_heads=2, intermediate_size=96,
-                 out_hidden_size=128, image_size=56, patch_size=14, initializer_range=0.07)
-    config = Glm4vConfig(text_config=text, vision_config=tower, tie_word_embeddings=tie, **ids)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Glm4vForConditionalGeneration(config)
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(
-        ["<|endoftext|>", "<|user|>", "<|observation|>", "</answer>"])
-    model.pixels = Pixels([0.48, 0.46, 0.41], [0.27, 0.26, 0.28], 14, 2, 2, 0, 40 * 28 * 28,
-                          (28 * 28, 40 * 28 * 28))
-    return model, tokenizer
-
-
-def build(family):
-    """Every weight off its initial value, a head that is sharp: else greedy choices hang on
-    rounding."""
-    model, tokenizer = tiny_glm() if family == "glm4v" else vlm.load("tiny")
-    shake(model)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(3)
-        if family == "glm4v":                              # else it says one word again and again
-            model.get_input_embeddings().weight.mul_(8)
-    return model, tokenizer
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A checkpoint directory of each family, as `model.save` writes it."""
-    paths = {family: str(tmp_path_factory.mktemp(family)) for family in FAMILIES}
-    for family, path in paths.items():
-        vlm.save(*build(family), path)
+    """A checkpoint directory of each kind, as `model.save` writes it."""
+    paths = {kind: str(tmp_path_factory.mktemp(kind.replace(" ", "_"))) for kind in KINDS}
+    for kind, path in paths.items():
+        vlm.save(*build(kind), path)
     return paths
 
 
 @pytest.fixture(scope="module")
 def loaded(saved):
-    return {family: vlm.load(path) for family, path in saved.items()}
+    return {kind: vlm.load(path) for kind, path in saved.items()}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=KINDS)
 def family(request):
     return request.param
 
@@ -135,14 +87,16 @@ def stock(model):
 
 def ask(model, tokenizer, question, video):
     """-> (Prompt, what transformers' forward needs to see the same)"""
-    vision, grid, seconds = vlm.encode_video(model, lambda: video, ALONE)
-    prompt = vlm.make_prompt(model, tokenizer, question, vision, grid, seconds)
+    vision, *about = vlm.encode_video(model, lambda: video, ALONE)
+    prompt = vlm.make_prompt(model, tokenizer, question, vision, *about)
     patches, grid = vlm.patchify(video.read(0, video.frames), model.pixels)
     return prompt, {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([grid])}
 
 
-def kinds(tokenizer, ids):
-    """mm_token_type_ids, by GLM's processor: 2 where a video's pads are."""
+def token_types(model, tokenizer, ids):
+    """mm_token_type_ids: 2 where a video's pads are; GLM's by its processor."""
+    if not is_glm(model.config.model_type):
+        return 2 * (ids == vlm.vision_pad(model.config))[None]
     start, end, pad = tokenizer.convert_tokens_to_ids(
         ["<|begin_of_video|>", "<|end_of_video|>", "<|image|>"])
     maker = SimpleNamespace(video_start_id=start, video_end_id=end, image_token_id=pad)
@@ -285,7 +239,7 @@ def test_a_long_video_read_in_groups_has_the_size_of_the_whole(glm, monkeypatch)
     assert frame_size(100, 140, model.pixels, 30) != frame_size(100, 140, model.pixels, 4)
     # two temporal patches at once, not 64
     monkeypatch.setattr(encode.encode.__wrapped__, "__defaults__", (2,))
-    vision, grid, _ = vlm.encode_video(model, lambda: video, ALONE)
+    vision, grid, *_ = vlm.encode_video(model, lambda: video, ALONE)
     patches, right = vlm.patchify(video.read(0, 30), model.pixels)
     assert grid == right and vision.shape == (15 * grid[1] * grid[2] // 4, 128)
     with torch.no_grad():
@@ -325,49 +279,76 @@ def test_plain_text_is_tokenized_as_ever():
     assert families.tokenize_text(tokenizer, text) == right
 
 
-def expansion(tokenizer, question, grid, times):
-    """What GLM's processor makes of the chat template for a video whose frames are shown at these
-    times, in seconds."""
+def expansion(kind, tokenizer, question, grid, times):
+    """What a kind's processor makes of the chat template for a video whose frames are shown at
+    these times, in seconds."""
     content = [{"type": "video"}, {"type": "text", "text": question + "\n" + INSTRUCTION}]
     text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                          add_generation_prompt=True)
-    maker = SimpleNamespace(video_processor=SimpleNamespace(merge_size=2), image_token="<|image|>")
-
-    def replace_frame_token_id(*args, **kwargs):
-        return Glm4vProcessor.replace_frame_token_id(maker, *args, **kwargs)
-
-    maker.replace_frame_token_id = replace_frame_token_id
+    # A processor as it is without its video processor, which needs torchvision: see
+    # test_processors.py.
+    video_token = "<|video|>" if is_glm(kind) else "<|video_pad|>"
+    processor_type = {"Glm4vProcessor": Glm4vProcessor, "Glm46VProcessor": Glm46VProcessor,
+                      "Qwen3VLProcessor": Qwen3VLProcessor}[KINDS[kind]]
+    maker = processor_type.__new__(processor_type)
+    maker.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+    maker.image_token, maker.video_token = "<|image|>", video_token
+    maker.vision_start_token, maker.vision_end_token = "<|vision_start|>", "<|vision_end|>"
     about = VideoMetadata(total_num_frames=10 ** 6, fps=1000.0,
                           frames_indices=[round(1000 * t) for t in times])
     inputs = {"video_grid_thw": torch.tensor([grid]), "video_metadata": [about]}
-    return text.replace("<|video|>", Glm4vProcessor.replace_video_token(maker, inputs, 0))
+    return text.replace(video_token, maker.replace_video_token(inputs, 0))
 
 
+timed = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen2_5_vl"])
+
+
+@timed
 @pytest.mark.parametrize("n, height, width, seconds", FILMS + [
-    (64, 28, 28, 0.4), (64, 28, 28, 2.0), (40, 28, 28, 61.7)])
-def test_glm_prompt_has_the_ids_of_its_processor(glm, n, height, width, seconds):
-    """The very ids of the expanded template: a run of pads a temporal patch, then the second of its
-    first frame, which stands in the middle of the part of the video it was picked for."""
-    model, tokenizer = glm
+    (64, 28, 28, 0.4), (64, 28, 28, 2.0), (40, 28, 28, 61.7), (7, 28, 28, 0.3)])
+def test_a_prompt_with_times_has_the_ids_of_its_processor(loaded, kind, n, height, width, seconds):
+    """The very ids of the expanded template: a run of pads a temporal patch, and the time of its
+    frames as text. A frame stands in the middle of the part of the video it was picked for; an odd
+    last one fills its patch, and the time is its own. Control: another family's clock."""
+    model, tokenizer = loaded[kind]
     question = "How many are there?"
     prompt, inputs = ask(model, tokenizer, question, film(n, height, width, seconds))
     [grid] = inputs["video_grid_thw"].tolist()
-    right = expansion(tokenizer, question, grid, [(i + 0.5) * seconds for i in range(n)])
+    times = [(i + 0.5) * seconds for i in range(n)]
+    right = expansion(kind, tokenizer, question, grid, times)
+    assert tokenizer.decode(prompt.ids) == right
     assert prompt.ids.tolist() == tokenizer(right, add_special_tokens=False).input_ids
-    assert tokenizer.decode(prompt.ids) == right and right.endswith("<|assistant|>\n")
-    assert right.startswith("[gMASK]<sop><|user|>\n<|begin_of_video|>")
     assert prompt.grids == [(1, *grid[1:])] * grid[0] and prompt.seconds == 2 * seconds
-    assert int((prompt.ids == model.config.image_token_id).sum()) == len(prompt.vision)
-    assert model.config.video_token_id not in prompt.ids
+    assert int((prompt.ids == vlm.vision_pad(model.config)).sum()) == len(prompt.vision)
+    for other, (_, others_tokenizer) in loaded.items():
+        if other != "qwen2_5_vl" and KINDS[other] != KINDS[kind]:
+            if is_glm(other) == is_glm(kind):
+                assert expansion(other, tokenizer, question, grid, times) != right
+            assert expansion(other, others_tokenizer, question, grid, times) != right
 
 
+def test_a_temporal_patch_has_the_time_of_its_own_frames(loaded):
+    """Qwen3-VL: the mean of both, of a last frame that is alone its own. An entry of the cache
+    says how many frames there were; without it the last time would be half a spacing late."""
+    model, tokenizer = loaded["qwen3_vl"]
+    ids = {}
+    for n in (5, 6, None):
+        vision = torch.zeros(3, 128 * 3)
+        prompt = vlm.make_prompt(model, tokenizer, "Where?", vision, (3, 2, 2), 1.0, n)
+        ids[n] = tokenizer.decode(prompt.ids)
+    assert ids[6] == ids[None] and "<5.0 seconds>" in ids[6]
+    assert "<1.0 seconds>" in ids[5] and "<3.0 seconds>" in ids[5] and "<4.5 seconds>" in ids[5]
+
+
+@timed
 @pytest.mark.parametrize("n, height, width, seconds", FILMS)
-def test_glm_positions_are_those_of_transformers(glm, n, height, width, seconds):
+def test_positions_are_those_of_transformers(loaded, kind, n, height, width, seconds):
     """Everywhere, the text after the video included: a run is one temporal patch, so that no time
-    axis runs ahead."""
-    model, tokenizer = glm
+    axis runs ahead. (For Qwen2.5-VL transformers' are others: decision 2.)"""
+    model, tokenizer = loaded[kind]
     prompt, inputs = ask(model, tokenizer, "Where?", film(n, height, width, seconds))
-    right, _ = model.model.get_rope_index(prompt.ids[None], kinds(tokenizer, prompt.ids),
+    right, _ = model.model.get_rope_index(prompt.ids[None],
+                                          token_types(model, tokenizer, prompt.ids),
                                           video_grid_thw=inputs["video_grid_thw"])
     assert torch.equal(prompt.positions, right[:, 0])
 
@@ -400,11 +381,15 @@ def test_glm_prompt_refuses_vision_tokens_that_do_not_fill_the_grid(glm):
 def test_vision_tokens_are_those_of_transformers(loaded, family, n, height, width, seconds):
     """`encode_video` = transformers' get_video_features with its own attention, 1e-5."""
     model, video = loaded[family][0], film(n, height, width, seconds)
-    vision, grid, _ = vlm.encode_video(model, lambda: video, ALONE)
+    vision, grid, *_ = vlm.encode_video(model, lambda: video, ALONE)
     patches, _ = vlm.patchify(video.read(0, n), model.pixels)
     with stock(model), torch.no_grad():
-        right = model.get_video_features(patches, torch.tensor([grid])).pooler_output
-    assert torch.allclose(vision, torch.cat(list(right)), atol=1e-5, rtol=0)
+        out = model.get_video_features(patches, torch.tensor([grid]))
+    right = torch.cat(list(out.pooler_output))
+    if "qwen3" in family:
+        assert len(out.deepstack_features) == 2
+        right = torch.cat([right, *(torch.cat(list(x)) for x in out.deepstack_features)], dim=1)
+    assert vision.shape == right.shape and torch.allclose(vision, right, atol=1e-5, rtol=0)
 
 
 def two_questions(model, tokenizer):
@@ -424,7 +409,7 @@ def by_transformers(model, tokenizer, prompt, inputs, completion, own=False):
     positions, or under its own."""
     ids = torch.cat([prompt.ids, completion])
     if own:
-        how = {"mm_token_type_ids": kinds(tokenizer, ids)}
+        how = {"mm_token_type_ids": token_types(model, tokenizer, ids)}
     else:
         how = {"position_ids": positions_with(prompt, completion)[:, None]}
     with stock(model):
@@ -439,7 +424,8 @@ def logprobs_of(logits, prompt, completion, banned):
 
 def test_packed_forward_is_transformers_forward_over_pixels(loaded, family):
     """Two prompts, ragged completions, one of a single token: log-probs to 1e-5, logits to 1e-4,
-    the language model's gradients to 1e-4. GLM's also under transformers' own positions."""
+    the language model's gradients to 1e-4. All but Qwen2.5-VL's also under transformers' own
+    positions."""
     model, tokenizer = loaded[family]
     model.model.visual.requires_grad_(False)
     asked, banned = two_questions(model, tokenizer), vlm.banned_ids(model, tokenizer)
@@ -450,7 +436,7 @@ def test_packed_forward_is_transformers_forward_over_pixels(loaded, family):
     for (prompt, inputs), group in zip(asked, completions):
         for c in group:
             row, weight = next(rows)[:len(c)], torch.randn(len(c), generator=generator)
-            for own in {False, family == "glm4v"}:
+            for own in {False, family != "qwen2_5_vl"}:
                 logits = by_transformers(model, tokenizer, prompt, inputs, c, own)
                 right = logprobs_of(logits, prompt, c, banned)
                 assert torch.allclose(row, right, atol=1e-5, rtol=0)
@@ -467,6 +453,36 @@ def test_packed_forward_is_transformers_forward_over_pixels(loaded, family):
         assert right.norm() > 0 and (g - right).norm() <= 1e-4 * right.norm(), name
 
 
+def test_controls_of_the_packed_forward(loaded):
+    """What must fail, does: deepstack's features dropped, in another order, or of other vision
+    tokens; and M-RoPE's frequencies not interleaved."""
+    model, tokenizer = loaded["qwen3_vl"]
+    (prompt, inputs), _ = two_questions(model, tokenizer)
+    banned = vlm.banned_ids(model, tokenizer)
+    [answer] = answers(banned, [6])
+    with torch.no_grad():
+        logits = by_transformers(model, tokenizer, prompt, inputs, answer)
+        right = logprobs_of(logits, prompt, answer, banned)
+
+        def off(vision):
+            other = replace(prompt, vision=vision)
+            got, _ = vlm.logprobs(model, [other], [[answer]], banned)
+            return float((got[0] - right).abs().max())
+
+        main, first, second = prompt.vision.split(128, dim=1)
+        assert off(prompt.vision) < 1e-5
+        assert off(main) > 0.1
+        assert off(torch.cat([main, second, first], dim=1)) > 0.01
+        assert off(torch.cat([main, first.flip(0), second], dim=1)) > 0.01
+
+
+def test_a_cache_entry_without_its_deepstack_part_is_refused(loaded):
+    model, tokenizer = loaded["qwen3_vl"]
+    vision, *about = vlm.encode_video(model, lambda: film(3), ALONE)
+    with pytest.raises(ValueError, match="vision tokens of 128 features, not 384"):
+        vlm.make_prompt(model, tokenizer, "Where?", vision[:, :128], *about)
+
+
 def test_recomputed_layers_change_nothing(loaded, family):
     """Activation checkpointing passes the attention object through to the layers of each family."""
     model, tokenizer = loaded[family]
@@ -481,10 +497,12 @@ def test_recomputed_layers_change_nothing(loaded, family):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results))
 
 
-@pytest.mark.parametrize("name, own", [("qwen2_5_vl", False), ("glm4v", False), ("glm4v", True)])
+@pytest.mark.parametrize("name, own", [("qwen2_5_vl", False), ("glm4v", False), ("glm4v", True),
+                                       ("glm4v_moe", True), ("glm46v", True), ("qwen3_vl", False),
+                                       ("qwen3_vl", True), ("qwen3_vl_moe", True)])
 def test_greedy_is_what_generate_writes(loaded, name, own):
-    """Ragged prompts in one batch, 12 tokens each. GLM's also where transformers makes the
-    positions itself: for Qwen2.5-VL it places the text after a video elsewhere, decision 2."""
+    """Ragged prompts in one batch, 12 tokens each. Also where transformers makes the positions
+    itself, but for Qwen2.5-VL: there it places the text after a video elsewhere, decision 2."""
     model, tokenizer = loaded[name]
     asked, banned = two_questions(model, tokenizer), vlm.banned_ids(model, tokenizer)
     suppressed = banned.nonzero().flatten().tolist()
@@ -493,7 +511,7 @@ def test_greedy_is_what_generate_writes(loaded, name, own):
     for (prompt, inputs), [completion] in zip(asked, mine):
         how = {"position_ids": prompt.positions[:, None]}
         if own:
-            how = {"mm_token_type_ids": kinds(tokenizer, prompt.ids)}
+            how = {"mm_token_type_ids": token_types(model, tokenizer, prompt.ids)}
         tokens = completion.tokens
         with stock(model):
             right = model.generate(
@@ -609,6 +627,17 @@ def flat(c):
     return {**text, **c, "rope_scaling": scaling, **rope, "torch_dtype": dtype}
 
 
+def nested(c):
+    """A config.json of the newer kinds as transformers 4 wrote it."""
+    text, tower = c["text_config"], c["vision_config"]
+    rope = text.pop("rope_parameters")
+    text |= {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    text["rope_scaling"] = rope
+    tower.pop("rope_parameters", None)
+    tower["model_type"] = c["model_type"] if c["model_type"] != "glm46v" else "glm4v_vision"
+    return c
+
+
 def in_pixels(c):
     """A preprocessor_config.json with its bounds in the older form."""
     size = c.pop("size")
@@ -616,8 +645,8 @@ def in_pixels(c):
 
 
 def as_published(saved, path):
-    """What `model.save` wrote, in the files that the authors of both families publish: one flat
-    config.json of transformers 4, weights in shards, a template inside tokenizer_config.json;
+    """What `model.save` wrote, in the files that the authors publish: a config.json of transformers
+    4, flat for Qwen2.5-VL and GLM-4.1V, weights in shards, a template inside tokenizer_config.json;
     Qwen2.5-VL: bounds in pixels, and no file for videos. -> path"""
     path = shutil.copytree(saved, path)
     weights, shards = load_file(os.path.join(path, "model.safetensors")), {}
@@ -632,7 +661,9 @@ def as_published(saved, path):
     with open(os.path.join(path, "chat_template.jinja")) as f:
         template = f.read()
     rewrite(os.path.join(path, "tokenizer_config.json"), lambda c: c | {"chat_template": template})
-    rewrite(os.path.join(path, "config.json"), flat)
+    with open(os.path.join(path, "config.json")) as f:
+        is_flat = json.load(f)["model_type"] in ("qwen2_5_vl", "glm4v")
+    rewrite(os.path.join(path, "config.json"), flat if is_flat else nested)
     if "visual.merger.mlp.0.weight" in weights:
         rewrite(os.path.join(path, "preprocessor_config.json"), in_pixels)
         os.remove(os.path.join(path, "video_preprocessor_config.json"))
@@ -646,11 +677,12 @@ def test_a_checkpoint_as_published_is_the_same_model(loaded, saved, family, tmp_
     model, tokenizer = loaded[family]
     path = as_published(saved[family], tmp_path / "published")
     with open(os.path.join(path, "config.json")) as f:
-        assert "text_config" not in json.load(f)
+        content = json.load(f)
+    assert "rope_scaling" in content.get("text_config", content)
     vlm.save(*vlm.load(path), str(tmp_path / "again"))
     banned, answer = vlm.banned_ids(model, tokenizer), [[torch.tensor([3, 4, 5])]]
     for theirs, words in (vlm.load(path), vlm.load(str(tmp_path / "again"))):
-        assert theirs.pixels == model.pixels
+        assert theirs.pixels == model.pixels and theirs.family == model.family
         assert vlm.stop_ids(theirs, words) == vlm.stop_ids(model, tokenizer)
         weights = theirs.state_dict()
         assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
@@ -701,21 +733,110 @@ def test_a_lowered_bound_on_a_frame_is_kept_with_the_checkpoint(saved, tmp_path)
     assert frame_size(480, 640, px, 4) == (28, 56)
 
 
-def test_glm_with_tied_embeddings_loads(tmp_path):
-    vlm.save(*tiny_glm(tie=True), str(tmp_path))
+@pytest.mark.parametrize("make", [tiny_glm, tiny_qwen3])
+def test_tied_embeddings_load(make, tmp_path):
+    vlm.save(*make(tie=True), str(tmp_path))
     model, _ = vlm.load(str(tmp_path))
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("config, text", [
-    (Qwen3VLConfig(), "qwen3_vl model; this code reads qwen2_5_vl and glm4v checkpoints; "
-                      ".*deepstack"),
-    (LlamaConfig(), "llama model; this code reads qwen2_5_vl and glm4v checkpoints$")])
-def test_other_families_are_refused_with_what_is_read(tmp_path, config, text):
-    """Qwen3-VL by its reason, others by name."""
-    config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=text):
+def test_other_families_are_refused_with_what_is_read(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a llama model; this code reads qwen2_5_vl, glm4v, "
+                                         "glm4v_moe, glm46v, qwen3_vl, qwen3_vl_moe checkpoints$"):
         vlm.load(str(tmp_path))
+
+
+def processor(name):
+    return lambda c: c | {"processor_class": name}
+
+
+def text_config(**new):
+    return lambda c: c | {"text_config": c["text_config"] | new}
+
+
+VIDEO, PICTURE = "video_preprocessor_config.json", "preprocessor_config.json"
+
+
+@pytest.mark.parametrize("kind, changes, text", [
+    # processor and model disagree, or the processor is not known
+    ("qwen3_vl", {VIDEO: processor("Glm4vProcessor"), PICTURE: processor("Glm4vProcessor")},
+     "names the processor Glm4vProcessor, and a qwen3_vl model is read here with Qwen3VLProcessor"),
+    ("glm4v", {VIDEO: processor("Glm5VProcessor"), PICTURE: processor("Glm5VProcessor")},
+     "Glm5VProcessor, and a glm4v model is read here with Glm4vProcessor or Glm46VProcessor"),
+    ("glm46v", {VIDEO: processor("Glm4vProcessor"), PICTURE: processor("Glm4vProcessor")},
+     "Glm4vProcessor, and a glm46v model is read here with Glm46VProcessor"),
+    ("glm4v", {VIDEO: processor("Glm46VProcessor")},
+     "video_preprocessor_config.json names Glm46VProcessor but preprocessor_config.json names "
+     "Glm4vProcessor"),
+    ("qwen2_5_vl", {VIDEO: processor("Qwen3VLProcessor"), PICTURE: processor("Qwen3VLProcessor")},
+     "Qwen3VLProcessor, and a qwen2_5_vl model is read here with Qwen2_5_VLProcessor"),
+    # a newer kind under a known name
+    ("qwen3_vl", {"config.json": text_config(
+        layer_types=["linear_attention", "linear_attention", "full_attention"])},
+     "has layers of linear_attention; this code trains models whose layers all have full "),
+    ("glm4v_moe", {"config.json": text_config(
+        layer_types=["sliding_attention", "full_attention", "full_attention"])},
+     "has layers of sliding_attention"),
+    ("qwen3_vl", {"config.json": text_config(model_type="qwen3_5_text")},
+     "the text_config of a qwen3_vl model is a qwen3_vl_text, and config.json says qwen3_5_text"),
+    ("qwen3_vl", {"config.json": lambda c: c | c.pop("text_config") | {"model_type": "qwen3_vl"}},
+     "config.json has no text_config, where transformers expects the sizes of a qwen3_vl"),
+    ("qwen3_vl", {VIDEO: lambda c: c | {"cap_pixels_per_frame": True}},
+     "cap_pixels_per_frame is not read here"),
+    ("qwen3_vl", {VIDEO: lambda c: []}, "it is no JSON object")])
+def test_a_checkpoint_that_is_not_what_its_name_says_is_refused(saved, tmp_path, kind, changes,
+                                                                 text):
+    """Each would be trained on another prompt, other pixels or other layers, in silence."""
+    path = shutil.copytree(saved[kind], tmp_path / "changed")
+    for file, change in changes.items():
+        rewrite(path / file, change)
+    with pytest.raises(ValueError, match=text) as caught:
+        vlm.load(str(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_sliding_windows_of_qwen2_5_are_refused(saved, tmp_path):
+    path = shutil.copytree(saved["qwen2_5_vl"], tmp_path / "changed")
+    rewrite(path / "config.json", text_config(use_sliding_window=True, sliding_window=64,
+                                              max_window_layers=1, layer_types=None))
+    with pytest.raises(ValueError, match="layers of sliding_attention"):
+        vlm.load(str(path))
+
+
+@pytest.mark.parametrize("kind, part", [("qwen3_vl", "deepstack_merger_list.1."),
+                                        ("qwen3_vl_moe", "deepstack_merger_list.1."),
+                                        ("qwen3_vl_moe", "layers.2.mlp.experts.gate_up_proj"),
+                                        ("glm4v_moe", "layers.2.mlp.experts.1."),
+                                        ("glm4v_moe", "layers.2.mlp.gate.e_score_correction")])
+def test_missing_weights_are_named(saved, tmp_path, kind, part):
+    """transformers would fill them in at random, and say so in a log."""
+    path = shutil.copytree(saved[kind], tmp_path / "changed")
+    weights = load_file(path / "model.safetensors")
+    kept = {name: w for name, w in weights.items() if part not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError) as caught:
+        vlm.load(str(path))
+    # Of stacked experts the stack is named.
+    assert part in str(caught.value) or "layers.2.mlp.experts.down_proj" in str(caught.value)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_experts_are_saved_as_they_are_published(saved, loaded):
+    """GLM-4.5V's one by one; Qwen3-VL-MoE's stacked, [experts, in, out], as vLLM reads them:
+    transformers 5.19 saves its own [experts, out, in]."""
+    glm, qwen = (load_file(os.path.join(saved[kind], "model.safetensors"))
+                 for kind in ("glm4v_moe", "qwen3_vl_moe"))
+    layer = "model.language_model.layers.1.mlp.experts."
+    stacked = loaded["glm4v_moe"][0].model.language_model.layers[1].mlp.experts
+    assert torch.equal(glm[layer + "2.down_proj.weight"], stacked.down_proj[2])
+    assert torch.equal(torch.cat([glm[layer + "2.gate_proj.weight"],
+                                  glm[layer + "2.up_proj.weight"]]), stacked.gate_up_proj[2])
+    stacked = loaded["qwen3_vl_moe"][0].model.language_model.layers[1].mlp.experts
+    assert torch.equal(qwen[layer + "gate_up_proj"], stacked.gate_up_proj.transpose(1, 2))
+    assert torch.equal(qwen[layer + "down_proj"], stacked.down_proj.transpose(1, 2))
+    assert qwen[layer + "gate_up_proj"].shape == (4, 128, 2 * 48)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -754,14 +875,42 @@ def case_shares(models, ranks):
             for family, (model, tokenizer) in models.items()}
 
 
-WORLDS = {"two": World(size=2, local=2, sp=0, cases=[case_shares])}
+def case_sharded(models, ranks):
+    """FSDP, with stage 2. -> {kind: (log-probs, gradients, what rank 0 saves)}. It comes last: the
+    models stay sharded."""
+    results = {}
+    for kind, (model, tokenizer) in models.items():
+        prompts = []
+        for n in (2, 7):
+            encoded = vlm.encode_video(model, lambda n=n: film(n, 56, 84, seed=n), ALONE)
+            prompts.append(vlm.make_prompt(model, tokenizer, "Where?", *encoded))
+        banned = vlm.banned_ids(model, tokenizer)
+        shard_parameters(model, ranks)
+        model.zero_grad()
+        completions = [answers(banned, [5, 1, 4]), answers(banned, [3])]
+        got, _ = vlm.logprobs(model, prompts, completions, banned, ranks=ranks)
+        noise = torch.Generator().manual_seed(3)
+        (got * torch.randn(got.shape, generator=noise)).sum().backward()
+        gradients = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                gradients[name] = p.grad.full_tensor()
+        whole = dict(weights(model)) | kept_buffers(model)
+        if ranks.rank == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                save_pretrained(model, tokenizer, folder, whole)
+                whole = load_file(os.path.join(folder, "model.safetensors"))
+        results[kind] = got.detach(), gradients, whole
+    return results
+
+
+WORLDS = {"two": World(size=2, local=2, sp=0, cases=[case_shares, case_sharded])}
 
 
 @pytest.fixture(scope="module")
 def brought(saved, tmp_path_factory):
-    """What each of two ranks brought, of each family."""
-    read = worlds.start(WORLDS, __file__, tmp_path_factory.mktemp("ranks"), json.dumps(saved))
-    return read("two", "case_shares")
+    """What each of two ranks brought, of each kind: (world, case) -> a list."""
+    return worlds.start(WORLDS, __file__, tmp_path_factory.mktemp("ranks"), json.dumps(saved))
 
 
 def test_two_ranks_equal_one(brought, loaded, family):
@@ -770,7 +919,7 @@ def test_two_ranks_equal_one(brought, loaded, family):
     was built from the same files.)"""
     model, tokenizer = copy.deepcopy(loaded[family])
     visions, right, gradients, sampled = shares(model, tokenizer, ALONE)
-    for other in brought:
+    for other in brought("two", "case_shares"):
         their_visions, their_logprobs, their_gradients, their_sampled = other[family]
         for a, b in zip(their_visions, visions):
             assert a.shape == b.shape and torch.allclose(a, b, atol=1e-5, rtol=0)
@@ -778,6 +927,21 @@ def test_two_ranks_equal_one(brought, loaded, family):
         assert their_sampled == sampled
         for name, g in gradients.items():
             assert (their_gradients[name] - g).norm() <= 1e-4 * g.norm() + 1e-6, name
+
+
+def test_sharded_parameters_equal_whole_ones(brought, loaded, saved, family):
+    """FSDP with stage 2: log-probs to 1e-5, gradients to 1e-4; and what is saved of the gathered
+    weights is what was loaded, buffers and experts included."""
+    model, tokenizer = copy.deepcopy(loaded[family])
+    _, right, gradients, _ = shares(model, tokenizer, ALONE)
+    for rank, other in enumerate(brought("two", "case_sharded")):
+        got, theirs, whole = other[family]
+        assert torch.allclose(got, right, atol=1e-5, rtol=0)
+        for name, g in gradients.items():
+            assert (theirs[name] - g).norm() <= 1e-4 * g.norm() + 1e-6, name
+        if rank == 0:
+            files = load_file(os.path.join(saved[family], "model.safetensors"))
+            assert same(whole, files)
 
 
 if __name__ == "__main__":

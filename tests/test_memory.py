@@ -81,13 +81,18 @@ def nbytes(tensors):
     ("small", "bfloat16", {"frames": 16, "size": 112, "group": 16, "completion": 100}),
     ("small", "float32",
      {"frames": 64, "size": 112, "group": 4, "completion": 40, "checkpointing": 1}),
-    ("glm", "float32", {"frames": 8, "size": 56, "group": 8, "completion": 64})])
+    ("glm", "float32", {"frames": 8, "size": 56, "group": 8, "completion": 64}),
+    ("qwen3", "float32", {"frames": 64, "size": 64, "group": 8, "completion": 64}),
+    ("qwen3", "float32",
+     {"frames": 64, "size": 64, "group": 8, "completion": 64, "checkpointing": 1})])
 def test_memory_is_what_a_step_takes(name, dtype, other, monkeypatch, tmp_path):
     """Tensors to the byte, what is kept for the backward within 2%, the most at once within 5%."""
-    if name == "glm":
-        from test_families import tiny_glm
+    if name in ("glm", "qwen3"):
+        from tiny_families import tiny_glm, tiny_qwen3
+        model, tokenizer = tiny_glm() if name == "glm" else tiny_qwen3()
+        model.pixels.video_pixels = (1, 10 ** 9)
         name = str(tmp_path)
-        vlm.save(*tiny_glm(), name)
+        vlm.save(model, tokenizer, name)
     monkeypatch.setitem(memory.SHAPES, "small", SMALL_SHAPE)
     row = make_row("shared", model=name, cache="warm", dtype=dtype, **other)
     work, live, most, attentions = bench.Workload(row, Ranks()), Live(), {}, []
@@ -139,7 +144,8 @@ def test_memory_is_what_a_step_takes(name, dtype, other, monkeypatch, tmp_path):
 
 def test_named_shapes_have_the_published_number_of_weights(capsys):
     """Of the total_size in their model.safetensors.index.json."""
-    for name, weights in (("3b", 3_754_622_976), ("7b", 8_292_166_656)):
+    for name, weights in (("2b", 2_127_532_032), ("4b", 4_437_815_808), ("8b", 8_767_123_696),
+                          ("3b", 3_754_622_976), ("7b", 8_292_166_656)):
         config = memory.read_config(name)
         parameters = memory.count_parameters(config)
         assert parameters.tower + parameters.trained == weights
