@@ -1,13 +1,15 @@
 """
 What a question about a video is, where questions come from, and which are held out.
 
-    load           questions from a .jsonl, from LongVideo-Reason's .json, or "toy" and "toy:A,B"
+    load           questions from a .jsonl, from others' .json, or "toy" and "toy:A,B"
     split          training questions and held-out ones
     taught_text    what the cold start teaches
     open_video     any usual file, folder of pictures or picture, or a built-in video
     fingerprint    the content of a video, whatever its name
     make_prompts   the prompts of a step's samples, each video encoded once
     fetch          a prompt's vision tokens, at the time they are needed
+
+    python data.py my.jsonl         what a run would read of a file, and what it would drop
 """
 import hashlib
 import os
@@ -19,43 +21,31 @@ import model as vlm
 import rewards
 import toy
 from flow import PromptError, Sample, VideoError
-from plumbing import store
+from plumbing import check_data, store
 from plumbing.fetching import refuse_changes, without_tokens
-from plumbing.formats import guess_domain, read_records, sample_fields
-from plumbing.ranks import on_first
+from plumbing.formats import read_samples
+from plumbing.ranks import on_first, run_command
 from plumbing.video import open_file
 
 # --------------------------------------------------------------------------------------------------
 # questions
 
-def load(source, video_dir=""):
+def load(source, video_dir="", say=print):
     """-> list of `Sample`
 
-    source: "toy" or "toy:A,B" (`toy.load`), a .jsonl of `Sample`, LongVideo-Reason's .json.
+    source: "toy" or "toy:A,B" (`toy.load`), a .jsonl or .json of questions (docs/data.md).
     video_dir: where the paths of videos begin; empty: at the folder of the file.
-    A sample without an id is named after its place in the file; for one without a domain see
-    `plumbing.formats.guess_domain`. Raises ValueError that names the file, the line and what is
-    wrong with it.
+    say: prints a line, about what is not used of the file. Raises ValueError that names the file,
+    the line and what is wrong with it.
     """
     if source == "toy" or source.startswith("toy:"):
         return toy.load(source)
-    folder = video_dir or os.path.dirname(source)
     samples = []
-    places = {}                                            # {id: where it was used}
-    for where, record in read_records(source):
-        fields = sample_fields(record, where)
-        fields.setdefault("id", f"{os.path.basename(source)}-{len(samples)}")
-        fields.setdefault("domain", "")
+    for _, fields in read_samples(source, rewards.VERIFIERS, say):
         if not fields["video"].startswith("toy:"):
+            folder = video_dir or os.path.dirname(source)
             fields["video"] = os.path.join(folder, fields["video"])
-        sample = Sample(**fields)
-        if not sample.domain:
-            sample.domain = guess_domain(sample)
-        if sample.id in places:
-            raise ValueError(f"{where}: id {sample.id!r} was already used at {places[sample.id]}; "
-                             "ids must be unique")
-        places[sample.id] = where
-        samples.append(sample)
+        samples.append(Sample(**fields))
     if not samples:
         raise ValueError(f"{source}: no samples in it")
     return samples
@@ -94,9 +84,9 @@ def load_questions(c, say):
         if not where:
             raise ValueError(f"--verifiers: {domain!r} is not domain=my_file.py:function")
         rewards.VERIFIERS[domain] = rewards.load_verifier(where)
-    samples = load(c.data, c.video_dir)
+    samples = load(c.data, c.video_dir, say)
     if c.eval_data:
-        train, held_out = samples, load(c.eval_data, c.video_dir)
+        train, held_out = samples, load(c.eval_data, c.video_dir, say)
     else:
         train, held_out = split(samples)
     refused = []
@@ -242,3 +232,7 @@ def read_ahead(run, samples):
     paths = [sample.video for sample in mine if not sample.video.startswith("toy:")]
     run.ahead.start(paths, key_if_needed,
                     lambda video: vlm.frames_to_read(run.model, video, run.ranks), resized)
+
+
+if __name__ == "__main__":
+    run_command("data.py", lambda: check_data.main(load_questions, open_video, vlm))

@@ -43,7 +43,7 @@ from plumbing.ranks import (
     send_groups,
     start,
 )
-from plumbing.resume import newest
+from plumbing.resume import newest, try_saving
 from plumbing.sharding import check_heads, recompute_layers, shard_parameters
 from plumbing.stages import Progress, Stage
 from plumbing.store import Ahead
@@ -55,7 +55,7 @@ from rollout import budgets, rollout, room
 class Config:
     # model and data
     model: str = "tiny"            # randomly initialised; or a Hugging Face directory or hub name
-    data: str = "toy"              # "toy" (built-in), a .jsonl, or LongVideo-Reason's .json
+    data: str = "toy"              # "toy" (built-in), or a .jsonl or .json: docs/data.md
     eval_data: str = ""            # likewise; empty: hold out some of data's videos, by a hash
     video_dir: str = ""            # base of relative video paths; empty: the data file's folder
     cache_dir: str = ""            # keep vision tokens on disk, for other runs too; empty: do not
@@ -309,7 +309,8 @@ def cold_start(run, stage, by_id, held_out, tower_trains):
         if step + 1 == c.sft_steps:
             run.model.model.visual.requires_grad_(False)
             record = evaluate.for_the_log(run, held_out, f"cold start {c.sft_steps}")
-            stage.progress.log.write("sft", c.sft_steps, **record)
+            if record:
+                stage.progress.log.write("sft", c.sft_steps, **record)
         stage.save_if_due(step)
 
 
@@ -361,6 +362,7 @@ def main(c):
         done = ", ".join(f"{n} {stage} steps" for stage, n in progress.done.items())
         say(f"going on from {progress.checkpoint}: {done} done")
     run = load_run(c, ranks, say, cache, progress.checkpoint)
+    try_saving(run)                        # what cannot be saved: say so now, not after the start
 
     # Only a randomly initialised tower trains, and only until the cold start has ended.
     from_nothing = c.model == "tiny"

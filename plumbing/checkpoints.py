@@ -4,6 +4,8 @@ Hugging Face checkpoint directories, in and out.
 import json
 import os
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -17,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from plumbing.families import FAMILIES, family_of, read_family, read_pixels
+from plumbing.tiny import build_tiny
 
 logging.disable_progress_bar()          # train.py's bar is enough
 
@@ -31,17 +34,7 @@ def load_pretrained(name, dtype):
     checkpoint, if a file is missing or damaged, if the family is unknown, or if a tensor is
     missing, unexpected or of another shape (which transformers only logs).
     """
-    looks_local = name.startswith((".", "/", "out/")) or name.count("/") > 1
-    if looks_local or os.path.exists(name):
-        if not os.path.exists(os.path.join(name, "config.json")):
-            hint = "; run train.py first" if os.path.normpath(name) == "out/model" else ""
-            raise ValueError(f"{name} is no checkpoint: it has no config.json{hint}")
-    with in_one_line(name):
-        config = AutoConfig.from_pretrained(name)
-        written, _ = PreTrainedConfig.get_config_dict(name)
-    check_config(name, config, written)
-    family = read_family(name, config.model_type)
-    pixels = read_pixels(name, family)
+    _, family, pixels = read_facts(name)
     with in_one_line(name):
         model, info = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -54,6 +47,37 @@ def load_pretrained(name, dtype):
                          f"{', '.join(wrong[:5])} ({len(wrong)} in all)")
     model.family = family
     return model, tokenizer, pixels
+
+
+def read_facts(name):
+    """-> a checkpoint's configuration, `Family` and `Pixels`. Raises ValueError."""
+    looks_local = name.startswith((".", "/", "out/")) or name.count("/") > 1
+    if looks_local or os.path.exists(name):
+        if not os.path.exists(os.path.join(name, "config.json")):
+            hint = "; run train.py first" if os.path.normpath(name) == "out/model" else ""
+            raise ValueError(f"{name} is no checkpoint: it has no config.json{hint}")
+    with in_one_line(name):
+        config = AutoConfig.from_pretrained(name)
+        written, _ = PreTrainedConfig.get_config_dict(name)
+    check_config(name, config, written)
+    family = read_family(name, config.model_type)
+    return config, family, read_pixels(name, family)
+
+
+def load_without_weights(name):
+    """What counts a prompt's tokens. -> an object with a model's config, family and pixels, and its
+    tokenizer
+
+    name: as for `load_pretrained`, or "tiny". Raises ValueError.
+    """
+    if name == "tiny":
+        model, tokenizer, pixels = build_tiny()
+        config, family = model.config, family_of(model)
+    else:
+        config, family, pixels = read_facts(name)
+        with in_one_line(name):
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    return SimpleNamespace(config=config, family=family, pixels=pixels), tokenizer
 
 
 @contextmanager
@@ -136,11 +160,28 @@ def published(model, weights):
     return weights
 
 
+def try_saving(model, tokenizer, folder):
+    """Save all but the weights into `folder` for a moment, and load it again.
+
+    What cannot be saved is found before a run has computed anything: transformers loads a
+    generation_config.json with a temperature but without sampling, and refuses to save it. Raises
+    ValueError or OSError.
+    """
+    with TemporaryDirectory(".tmp", "ckpt-trial-", folder) as path:
+        try:
+            save_pretrained(model, tokenizer, path, weights={})
+        except ValueError as e:
+            reason = " ".join(str(e).split())[:300]
+            raise ValueError("this model could not be saved again after training: correct its "
+                             f"generation_config.json. transformers said: {reason}") from e
+        load_without_weights(path)
+
+
 def save_pretrained(model, tokenizer, path, weights=None):
     """A checkpoint that transformers and vLLM load as it is: weights, configs, tokenizer and
     preprocessing. weights: {name: tensor}, gathered, if those of the model are sharded."""
     if has_experts(model):
-        weights = published(model, weights or model.state_dict())
+        weights = published(model, model.state_dict() if weights is None else weights)
         model.save_pretrained(path, state_dict=weights, save_original_format=False)
     else:
         model.save_pretrained(path, state_dict=weights)

@@ -1,16 +1,52 @@
 """
-Question files: .jsonl with the fields of `Sample`, and LongVideo-Reason's .json.
+Question files: .jsonl and .json, in our form or in those of other data sets.
+
+    read_records    the records of a file, as they are written
+    sample_fields   the fields of `Sample` that a record has, under whatever names
+    read_samples    the fields of every question, with ids and domains
 """
 import json
+import math
 import os
 import re
+from collections import Counter
 from dataclasses import fields
+from functools import cache
+
+from rapidfuzz.distance import OSA
 
 from flow import Sample
+from plumbing.choices import NoFit, append_options, choice_in, choose, guess_domain, read_options
+from plumbing.forms import questions_in
 
-FIELDS = [field.name for field in fields(Sample)]
+# Our name -> the names that are read, ours first. If a record has several, the first counts.
+NAMES = {field.name: (field.name,) for field in fields(Sample)}
+NAMES |= {
+    "id": ("id", "problem_id", "question_id"),   # LongVideo-Reason, Video-R1; Video-MME, MLVU
+    "question": ("question", "problem"),         # LongVideo-Reason, Video-R1, EasyR1
+    "answer": ("answer", "solution", "correct_choice"),      # Video-R1; LongVideoBench
+    "video": ("video", "videos", "video_path", "path", "video_name", "images", "image"),
+    "thought": ("thought", "reasoning", "process"),          # LongVideo-Reason; Video-R1
+    "options": ("options", "candidates", "choices")}         # MVBench, MLVU, LongVideoBench
+OURS = {name: ours for ours, names in NAMES.items() for name in names}
 REQUIRED = ("question", "answer", "video")
+# Names that only `with_common_names` and `questions_in` read.
+OF_FORMS = ("conversations", "questions", "videoID", "option0", "option1", "option2", "option3",
+            "option4")
+KNOWN = {*OURS, *OF_FORMS}
+TYPED = (*NAMES, "candidates")                   # names that a typing error may have spoilt
 
+# How a file begins that is no text -> what it is.
+BINARY = {b"PAR1": "a parquet file", b"\x1f\x8b": "compressed with gzip",
+          b"PK\x03\x04": "a zip archive", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
+NOT_UTF8 = re.compile("[\udc80-\udcff]")         # bytes that were read as "surrogateescape"
+LONG_NUMBER = re.compile(r"\d{4301}")            # Python refuses to read more digits
+DEEP = re.compile(r'(?:[\[{]\s*(?:"[^"]*"\s*:\s*)?){200}')
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+# --------------------------------------------------------------------------------------------------
+# files
 
 def read_records(source):
     """Yields (where, record) for each record of a .jsonl, or of a .json that holds a list of them.
@@ -19,23 +55,24 @@ def read_records(source):
     Raises ValueError, naming the file and the line, if it is not JSON.
     """
     if not os.path.isfile(source):
-        raise ValueError(f"{source}: no such file; data is a .jsonl, a .json in "
-                         'LongVideo-Reason\'s form, or "toy"')
-    with open(source, encoding="utf-8") as f:
-        try:
-            if source.endswith(".json"):
-                yield from read_items(source, f)
-            else:
-                yield from read_lines(source, f)
-        except UnicodeDecodeError:
-            raise ValueError(f"{source}: not UTF-8 text") from None
+        raise ValueError(f"{source}: no such file; data is a .jsonl or a .json of questions, "
+                         'or "toy"')
+    with open(source, "rb") as f:
+        head = f.read(4)
+    for start, what in BINARY.items():
+        if head.startswith(start):
+            raise ValueError(f"{source}: {what}; write it as JSON lines in UTF-8 (pandas: "
+                             'to_json(path, orient="records", lines=True))')
+    # Bytes that are no UTF-8 become surrogates, so that `parse` can say in which line they are.
+    with open(source, encoding="utf-8-sig", errors="surrogateescape") as f:
+        if source.lower().endswith(".json"):
+            yield from read_items(source, f.read())
+        else:
+            yield from read_lines(source, f)
 
 
-def read_items(source, file):
-    try:
-        records = json.load(file)
-    except json.JSONDecodeError as e:
-        raise ValueError(not_json(source, e.lineno, e)) from None
+def read_items(source, text):
+    records = parse(source, text)
     if not isinstance(records, list):
         raise ValueError(f"{source}: expected a list of samples, found {type(records).__name__}")
     for number, record in enumerate(records):
@@ -44,70 +81,260 @@ def read_items(source, file):
 
 def read_lines(source, file):
     for number, line in enumerate(file, 1):
-        if not line.strip():
+        if line.strip():
+            yield f"{source}, line {number}", parse(source, line, number)
+
+
+def parse(source, text, first=1):
+    """The JSON value that text is. first: the number of its first line, for errors."""
+    def line_of(match):
+        return first + text.count("\n", 0, match.start()) if match else first
+
+    wrong = NOT_UTF8.search(text)
+    if wrong:
+        column = wrong.start() - text.rfind("\n", 0, wrong.start())
+        byte = ord(wrong[0]) - 0xdc00
+        raise ValueError(f"{source}, line {line_of(wrong)}: not UTF-8 text (byte 0x{byte:02x} in "
+                         f"column {column})")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        hint = ""
+        if e.msg == "Extra data" and source.lower().endswith(".json"):
+            hint = "; a file of one record a line is a .jsonl"
+        raise ValueError(f"{source}, line {first + e.lineno - 1}: not JSON ({e.msg}, column "
+                         f"{e.colno}){hint}") from None
+    except RecursionError:
+        raise ValueError(f"{source}, line {line_of(DEEP.search(text))}: lists or objects are "
+                         "nested too deeply") from None
+    except ValueError:
+        raise ValueError(f"{source}, line {line_of(LONG_NUMBER.search(text))}: a number of more "
+                         "than 4,300 digits") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# fields
+
+def names_in(record):
+    """{our name: the name that a record has for it}, without empty ones"""
+    found = {}
+    for name, value in record.items():
+        ours = OURS.get(name)
+        if ours is None or value is None or value == []:
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise ValueError(not_json(source, number, e)) from None
-        yield f"{source}, line {number}", record
+        if ours not in found or NAMES[ours].index(name) < NAMES[ours].index(found[ours]):
+            found[ours] = name
+    return found
 
 
-def not_json(source, line, error):
-    return f"{source}, line {line}: not JSON ({error.msg}, column {error.colno})"
+def with_common_names(record):
+    """Video-MME's videos are named after "videoID"; LongVideoBench's tables have a column for each
+    option, "N/A" where there are fewer."""
+    if isinstance(record.get("videoID"), str) and "video" not in names_in(record):
+        record = {**record, "video": f"{record['videoID']}.mp4"}
+    if "option0" in record and "options" not in names_in(record):
+        columns = [record.get(f"option{i}") for i in range(5)]
+        record = {**record, "options": [text for text in columns if text not in (None, "N/A")]}
+    return record
 
 
 def sample_fields(record, where):
-    """The fields of `Sample` that a record has. -> {name: text}, without white space at the ends
+    """The fields of `Sample` that a record has, in any of the known forms. -> {name: text}, without
+    white space at the ends
 
-    record: in our format or LongVideo-Reason's. Raises ValueError, which begins with `where`.
+    Options beside the question are appended to it, the answer becomes a letter, and the domain is
+    "choice" if none is given. Raises ValueError, which begins with `where`.
     """
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object with the fields of a sample, "
-                         f"found {type(record).__name__}")
-    if "problem" in record or "problem_id" in record:
-        record = from_longvideo_reason(record, where)
-    for name, value in record.items():
-        if name in FIELDS and not isinstance(value, (str, int, float, type(None))):
-            raise ValueError(f"{where}: {name!r} is a {type(value).__name__}, expected text")
+    check_names(record, where)
+    record = with_common_names(record)
+    names = names_in(record)
     texts = {}
-    for name in FIELDS:
-        if record.get(name) is not None:
-            texts[name] = str(record[name]).strip()
+    for ours, name in names.items():
+        about = f"{where}: {name!r}"
+        if ours == "video":
+            texts[ours] = as_text(one_video(record[name], where), about)
+        elif ours != "options":
+            texts[ours] = as_text(record[name], about)
     for name in REQUIRED:
         if name not in texts:
-            raise ValueError(f"{where}: no {name!r}")
+            others = " or ".join(map(repr, NAMES[name]))
+            found = ", ".join(map(repr, record)) or "nothing"
+            raise ValueError(f"{where}: no {others}; found: {found[:300]}")
+    texts["question"] = without_pads(texts["question"])
+    texts |= untagged(texts, where)
+    for name in REQUIRED:
         if not texts[name]:
             raise ValueError(f"{where}: an empty {name!r}")
+    if "options" in names:
+        add_options(texts, record, names, where)
     return texts
 
 
-def from_longvideo_reason(record, where):
-    """LongVideo-Reason's record in our format. Its answer comes inside <answer> tags, and its video
-    may come as a list of one. Raises ValueError, which begins with `where`."""
-    for name in ("problem_id", "videos", "problem", "answer"):
-        if name not in record:
-            raise ValueError(f"{where}: no {name!r}")
-    video = record["videos"]
-    if isinstance(video, list):
-        if len(video) != 1:
-            raise ValueError(f"{where}: {len(video)} videos; a sample is about one")
-        video = video[0]
-    answer = record["answer"]
-    tagged = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", str(answer), re.DOTALL)
-    if tagged:
-        answer = tagged[1]
-    return {"id": record["problem_id"], "question": record["problem"], "video": video,
-            "answer": answer, "thought": record.get("reasoning")}
+def check_names(record, where):
+    """Raises ValueError for a name that is nearly one of ours, if that field is missing."""
+    for name in record:
+        if name in KNOWN:
+            continue
+        for ours in TYPED:
+            field = "options" if ours == "candidates" else ours
+            if is_nearly(name.lower().strip(" _"), ours) and field not in names_in(record):
+                raise ValueError(f"{where}: unknown field {name!r}; did you mean {ours!r}?")
 
 
-def guess_domain(sample):
-    """"choice" if the answer is one letter and the question lists options, "count" if it is an
-    integer, else "open"."""
-    is_letter = re.fullmatch(r"[A-Za-z]", sample.answer)
-    lists_options = re.search(r"(^|[\s(])B[).:]\s*\S", sample.question)
-    if is_letter and lists_options:
-        return "choice"
-    if re.fullmatch(r"[+-]?\d+", sample.answer):
-        return "count"
-    return "open"
+@cache
+def is_nearly(name, ours):
+    """Whether a name is another one with a typing error, or with two that leave its ends."""
+    distance = OSA.distance(name, ours)
+    if len(ours) <= 4:                                     # "uid" is not "id"
+        return distance == 0
+    return distance <= 1 or distance == 2 and (name[0], name[-1]) == (ours[0], ours[-1])
+
+
+def one_video(value, where):
+    """A list of one video is that video."""
+    if not isinstance(value, list):
+        return value
+    if len(value) != 1:
+        raise ValueError(f"{where}: {len(value)} videos; a sample is about one")
+    return value[0]
+
+
+def as_text(value, where):
+    """where: the place and the field, which the error begins with."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"{where} is a {type(value).__name__}, expected text")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}, which is no finite number")
+    text = str(value).strip()
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{where} has half a character, {text[e.start]!r}, at place {e.start}: "
+                         "a lone surrogate is no text") from None
+    if "\0" in text:
+        raise ValueError(f"{where} has a NUL character, which is no text")
+    return text
+
+
+def without_pads(question):
+    """The question without "<image>" or "<video>" at its ends: other trainers put the video there,
+    here it always comes first."""
+    return re.sub(r"\A(?:<(?:image|video)>\s*)+|(?:\s*<(?:image|video)>)+\Z", "", question)
+
+
+def untagged(texts, where):
+    """{"answer", "thought"} without their tags, which `taught_text` would write twice."""
+    answer, thought = texts["answer"], texts.get("thought", "")
+    whole = re.fullmatch(r"(?:<think>(.*?)</think>\s*)?<answer>(.*)</answer>", answer, re.DOTALL)
+    if whole:
+        thought = thought or (whole[1] or "").strip()
+        answer = whole[2].strip()
+    inner = re.fullmatch(r"<think>(.*)</think>", thought, re.DOTALL)
+    if inner:
+        thought = inner[1].strip()
+    for name, text in (("answer", answer), ("thought", thought), ("taught", texts.get("taught"))):
+        tags = [tag for tag in TAGS if tag in (text or "")]
+        if tags:
+            many = "; a sample has one answer" if name == "answer" else ""
+            raise ValueError(f"{where}: {tags[0]} inside {name!r}, which is {text[:80]!r}{many}")
+    return {"answer": answer, "thought": thought} if thought else {"answer": answer}
+
+
+def add_options(texts, record, names, where):
+    """Append the options to the question, and make letters of the answers. names: `names_in`"""
+    about = f"{where}: {names['options']!r}"
+    try:
+        options = read_options(record[names["options"]])
+        if not options:
+            return
+        for letter, text in options.items():
+            as_text(text, f"{where}: option {letter}")
+        about = f"{where}: the answer {texts['answer'][:80]!r}"
+        answer = texts["answer"]
+        if isinstance(record[names["answer"]], (int, float)):
+            answer = record[names["answer"]]
+        letter = choose(answer, options, is_index=names["answer"] == "correct_choice")
+        about = f"{where}: 'taught', {texts.get('taught', '')[:80]!r},"
+        taught = choose(texts["taught"], options) if texts.get("taught") else ""
+    except NoFit as e:
+        raise ValueError(f"{about} {one_line(e)}") from None
+    texts["question"] = append_options(texts["question"], options)
+    texts["answer"] = letter
+    texts["domain"] = texts.get("domain") or "choice"
+    if taught:
+        texts["taught"] = taught
+
+
+# --------------------------------------------------------------------------------------------------
+# samples
+
+def read_samples(source, domains, say):
+    """Yields (where, the fields of a `Sample`, id and domain among them) for all of a file.
+
+    domains: those that have a verifier; say: prints a line. A sample without an id is named after
+    its place in the file. What is not used of the records is said once, at the end. Raises
+    ValueError that names the file, the line and what is wrong with it.
+    """
+    places = {}                                            # {id: where it was used}
+    unused, topics = Counter(), Counter()
+    for place, record in read_records(source):
+        for where, question in questions_in(record, place):
+            texts = sample_fields(question, where)
+            topics.update(set_domain(texts, question, domains, where))
+            id = texts.get("id") or f"{os.path.basename(source)}-{len(places)}"
+            if id in places and "conversations" in record:
+                id = f"{id}-{len(places)}"                 # LLaVA-Video: the id is the video's
+            if id in places:
+                raise ValueError(f"{where}: id {id!r} was already used at {places[id]}; "
+                                 "ids must be unique")
+            places[id] = where
+            texts["id"] = id
+            unused.update(names_unused(question))
+            yield where, texts
+    if unused:
+        names = ", ".join(f"{name!r} ({n})" for name, n in unused.items())
+        part = "; a question about a part of a video gets all of it" if "start" in unused else ""
+        say(f"{source}: fields that are not used (in so many samples): {names}{part}")
+    if topics:
+        names = ", ".join(map(repr, topics))
+        say(f"{source}: 'domain' names topics, {names[:200]}, which have no verifier: the answers "
+            "decide which verifier grades them")
+
+
+def names_unused(record):
+    used = names_in(record).values()
+    return [name for name, value in record.items()
+            if name not in used and name not in OF_FORMS and value not in (None, [])]
+
+
+def set_domain(texts, record, domains, where):
+    """Set the domain of a sample; if it is a choice, its answer becomes a letter. -> the topics
+    that were in the domain's place: [] or one
+
+    A domain without a verifier is a topic if the record is of another's form; in ours it may be a
+    typing error, and stays.
+    """
+    given = texts.get("domain", "")
+    topics = []
+    if given and given not in domains and is_foreign(record):
+        topics, given = [given], ""
+    letter = None
+    if given in ("", "choice"):
+        try:
+            letter = choice_in(texts["question"], texts["answer"], by_text=given == "choice")
+        except NoFit as e:
+            about = f"{where}: the answer {texts['answer'][:80]!r}"
+            raise ValueError(f"{about} {one_line(e)}") from None
+    texts["answer"] = letter or texts["answer"]
+    texts["domain"] = given or ("choice" if letter else guess_domain(texts["answer"]))
+    return topics
+
+
+def is_foreign(record):
+    """Whether a record uses names that are not ours."""
+    names = names_in(record)
+    return "options" in names or "videoID" in record or {*names} != {*names.values()}
+
+
+def one_line(error):
+    return " ".join(str(error).split())

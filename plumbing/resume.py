@@ -3,6 +3,7 @@ A run's own checkpoints: written atomically, found again, and refused if they be
 """
 import os
 import pickle
+import re
 import shutil
 from dataclasses import asdict
 
@@ -12,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from plumbing.checkpoints import save_pretrained
+from plumbing import checkpoints
 from plumbing.command_line import MAY_CHANGE
 from plumbing.ranks import gather
 from plumbing.sharding import kept_buffers, weights
@@ -29,7 +30,10 @@ def newest(out_dir):
 
 
 def find(out_dir, ranks):
-    """`newest`. Raises ValueError unless all ranks find the same."""
+    """`newest`. Raises ValueError unless all ranks find the same. What a run that was killed while
+    it saved has left is removed."""
+    if ranks.rank == 0:
+        remove_unfinished(out_dir)
     found = newest(out_dir)
     if len(set(gather(found and os.path.basename(found), ranks))) > 1:
         raise ValueError(f"not all ranks find the same checkpoint in {out_dir}: "
@@ -38,12 +42,18 @@ def find(out_dir, ranks):
 
 
 def read_state(checkpoint, config, mmap):
-    """The training state of a checkpoint of this run. Raises ValueError if it is damaged or has
-    another configuration. mmap: read tensors when they are used."""
+    """The training state of a checkpoint of this run. mmap: read tensors when they are used.
+
+    Only tensors and plain values are read: a checkpoint from elsewhere cannot run code here.
+    Raises ValueError if it holds anything else, is damaged or has another configuration.
+    """
     path = os.path.join(checkpoint, "training_state.pt")
     try:
-        state = torch.load(path, weights_only=False, map_location="cpu", mmap=mmap)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        state = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+    except pickle.UnpicklingError as e:
+        raise ValueError(f"{path}: damaged, or it holds more than tensors and plain values, which "
+                         "could run code: it is not read") from e
+    except (RuntimeError, EOFError) as e:
         cause = " ".join(str(e).split())[:200]
         raise ValueError(f"{path}: damaged ({cause}). Point the link {config.out_dir}/model to an "
                          "older ckpt-N, or choose another --out_dir") from e
@@ -69,26 +79,39 @@ def check_same_run(config, saved, where):
                          "Choose another --out_dir, or give the same values")
 
 
+def try_saving(run):
+    """`checkpoints.try_saving` on rank 0. Raises its ValueError or OSError on all ranks."""
+    on_rank_0(lambda: checkpoints.try_saving(run.model, run.tokenizer, run.config.out_dir),
+              run.ranks)
+
+
 def save(run, state):
     """Write a checkpoint: rank 0 writes, and all ranks raise OSError if it could not.
 
     state: the training state, which all ranks have. Sharded tensors are gathered to rank 0's CPU
     one at a time.
     """
-    whole_weights, error = None, None
+    whole_weights = None
     if isinstance(run.model, FSDPModule):
-        def on_rank_0(x):
+        def to_rank_0(x):
             return x.cpu() if run.ranks.rank == 0 else None
 
-        state = tree_map_only(DTensor, lambda x: on_rank_0(x.full_tensor()), state)
-        whole_weights = {name: on_rank_0(w) for name, w in weights(run.model)}
+        state = tree_map_only(DTensor, lambda x: to_rank_0(x.full_tensor()), state)
+        whole_weights = {name: to_rank_0(w) for name, w in weights(run.model)}
         whole_weights |= kept_buffers(run.model)
-    if run.ranks.rank == 0:
+    on_rank_0(lambda: write(run.config.out_dir, run.model, run.tokenizer, state, whole_weights),
+              run.ranks)
+
+
+def on_rank_0(work, ranks):
+    """Run work() on rank 0. Its error is raised on all ranks, so that none waits for it."""
+    error = None
+    if ranks.rank == 0:
         try:
-            write(run.config.out_dir, run.model, run.tokenizer, state, whole_weights)
-        except OSError as e:
+            work()
+        except (ValueError, OSError) as e:
             error = e
-    error = gather(error, run.ranks)[0]
+    error = gather(error, ranks)[0]
     if error:
         raise error
 
@@ -107,7 +130,7 @@ def write(out_dir, model, tokenizer, state, whole_weights=None):
     shutil.rmtree(half, ignore_errors=True)
     try:
         os.makedirs(half)
-        save_pretrained(model, tokenizer, half, whole_weights)
+        checkpoints.save_pretrained(model, tokenizer, half, whole_weights)
         torch.save(state, os.path.join(half, "training_state.pt"))
         sync(half)
         shutil.rmtree(whole, ignore_errors=True)           # a leftover that was never linked
@@ -116,12 +139,16 @@ def write(out_dir, model, tokenizer, state, whole_weights=None):
             os.remove(link + ".tmp")
         os.symlink(name, link + ".tmp")
         os.replace(link + ".tmp", link)
-    except (OSError, SafetensorError, RuntimeError) as e:  # torch.save: RuntimeError if full
+    except (OSError, SafetensorError, RuntimeError, ValueError) as e:
+        # torch.save raises RuntimeError if the disk is full, transformers ValueError for what it
+        # does not save: rank 0 must tell the other ranks, which wait for it.
         shutil.rmtree(half, ignore_errors=True)
-        raise OSError(f"could not write checkpoint {whole}: {e}. The last good one is "
+        cause = " ".join(str(e).split())
+        raise OSError(f"could not write checkpoint {whole}: {cause}. The last good one is "
                       f"{newest(out_dir) or 'none'}; make room and start again with the same "
                       "out_dir") from e
     remove_older(out_dir, keep=(state["step"], state["previous"]))
+    remove_unfinished(out_dir)
 
 
 def sync(folder):
@@ -131,6 +158,13 @@ def sync(folder):
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
+
+
+def remove_unfinished(out_dir):
+    """Remove checkpoints that were never completed, and `checkpoints.try_saving`'s folder."""
+    for name in os.listdir(out_dir) if os.path.isdir(out_dir) else []:
+        if re.fullmatch(r"ckpt-(\d+|trial-\w+)\.tmp", name):
+            shutil.rmtree(os.path.join(out_dir, name))
 
 
 def remove_older(out_dir, keep):

@@ -64,13 +64,16 @@ OPTIONS = "What does it do? A. It sleeps B. It pecks"
     ("How many?", "5", "count"),
     ("How many?", "-3", "count"),
     ("How many? A. 3 B. 4", "3", "count"),
-    ("How long?", "5.5", "open"),
+    ("How long?", "5.5", "math"),
+    ("How much?", "50%", "math"),
+    ("Which?\nA. red\nB. blue", "B. blue", "choice"),
     ("How many?", "five", "open"),
     ("Who?", "Ann B", "open"),
 ])
 def test_the_domain_is_guessed_from_the_answer_and_the_options(tmp_path, question, answer, domain):
-    """Decision 12: choice if the answer is one letter and the question lists options, count if an
-    integer, else open."""
+    """Choice if the answer is a letter, with or without its text, and the question lists options;
+    count if it is an integer, math if another number, else open. Decimals and a letter with its
+    text were open: nobody was right about "5.50" or "B"."""
     record = {"video": "a.mp4", "question": question, "answer": answer}
     path = write(tmp_path, "q.jsonl", record, {**record, "domain": "open"})
     guessed, given = data.load(path)

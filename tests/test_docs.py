@@ -16,7 +16,7 @@ import rollout
 import toy
 import train
 from flow import Ranks
-from plumbing import command_line
+from plumbing import check_data, command_line
 from plumbing.sharding import check_heads
 from plumbing.sweep import sweep
 from plumbing.tiny import build_tiny
@@ -26,9 +26,9 @@ HEADS = {"Qwen/Qwen2.5-VL-3B-Instruct": (16, 2), "Qwen/Qwen2.5-VL-7B-Instruct": 
          "zai-org/GLM-4.1V-9B-Thinking": (32, 2)}
 # How many commands each shows: a pattern that finds none would test nothing.
 PAGES = [("train.py", 1), ("bench.py", 4), ("evaluate.py", 2), ("rollout.py", 1), ("toy.py", 1),
-         ("README.md", 5), ("docs/gpu.md", 9), ("docs/data.md", 1), ("docs/evaluation.md", 3),
+         ("README.md", 5), ("docs/gpu.md", 9), ("docs/data.md", 2), ("docs/evaluation.md", 3),
          ("docs/evidence.md", 2), ("docs/speed.md", 2), ("docs/speed_log.md", 7),
-         ("docs/toy.md", 2)]
+         ("docs/toy.md", 2), ("data.py", 1)]
 
 
 def commands(text, script):
@@ -38,7 +38,7 @@ def commands(text, script):
     pattern = rf"^ +(?:.*?  )?((?:torchrun|python) .*?)(?<!\S){script}((?: .*)?)$"
     for launcher, line in re.findall(pattern, text, re.M):
         ranks = re.search(r"--nproc_per_node=(\d+)", launcher)
-        options = re.match(r'(?: --\w+="[^"]*"| --\S+)*', line)[0]
+        options = re.match(r'(?: \w+\.jsonl)?(?: --\w+="[^"]*"| --\S+)*', line)[0]
         yield int(ranks[1]) if ranks else 1, [word.strip(",") for word in shlex.split(options)]
 
 
@@ -66,6 +66,9 @@ def test_every_command_line_shown_is_understood(page, number):
         c = command_line.parse(evaluate.Config, "", arguments)
         command_line.check_sampling(c, Ranks())
         sweep(c)
+        found += 1
+    for _, arguments in commands(text, "data.py"):
+        check_data.parse(arguments)
         found += 1
     for script, options in (("rollout.py", rollout.Options), ("toy.py", toy.Options)):
         for _, arguments in commands(text, script):

@@ -3,6 +3,7 @@
 A run that stops goes on: checkpoints, kills, full disks, half-written and damaged files, and
 another configuration, which is refused.
 """
+import json
 import os
 import resource
 import shutil
@@ -305,6 +306,65 @@ def test_what_a_kill_leaves_half_written_is_in_nobodys_way(run, copied):
     assert newest_name(copied) == f"ckpt-{LAST + 1}"
     assert not same(weights(copied), weights(run.dir))
     assert sorted(os.listdir(copied)) == checkpoints(LAST, LAST + 1) + FINISHED
+
+
+@pytest.mark.method
+def test_what_a_killed_save_leaves_is_removed(tmp_path):
+    """A run killed while it saved left gigabytes in ckpt-N.tmp, and only a later save of the very
+    same step removed them."""
+    (tmp_path / "ckpt-3").mkdir()
+    os.symlink("ckpt-3", tmp_path / "model")
+    (tmp_path / "ckpt-notes.tmp").mkdir()                  # the user's
+    for name in ("ckpt-5.tmp", "ckpt-12.tmp", "ckpt-trial-x1.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    assert resume.find(str(tmp_path), ALONE) == str(tmp_path / "ckpt-3")
+    assert sorted(os.listdir(tmp_path)) == ["ckpt-3", "ckpt-notes.tmp", "model"]
+
+
+class RunsCode:
+    """What a checkpoint from elsewhere can hold: unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_cannot_run_code(run, tmp_path):
+    """The training state was unpickled with whatever it held."""
+    path, proof = tmp_path / "training_state.pt", tmp_path / "proof"
+    for mmap in (False, True):
+        torch.save({**state(run.dir), "more": RunsCode(proof)}, path)
+        with pytest.raises(ValueError, match="could run code: it is not read") as e:
+            resume.read_state(str(tmp_path), train.Config(), mmap)
+        assert str(path) in str(e.value) and "\n" not in str(e.value) and not proof.exists()
+
+
+def test_a_model_that_cannot_be_saved_is_refused_before_it_trains(run, tmp_path):
+    """transformers loads a generation_config.json with a temperature and without sampling, and does
+    not save it: the whole cold start was lost at its first checkpoint."""
+    model = shutil.copytree(os.path.realpath(run.model), tmp_path / "model")
+    path = model / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.5}))
+    how = {**run.how, "model": str(model), "out_dir": str(tmp_path / "out")}
+    refused(how, "could not be saved again", "generation_config.json", "temperature")
+    assert metrics(tmp_path / "out") == [] and os.listdir(tmp_path / "out") == ["metrics.jsonl"]
+
+    # Had it trained, the error would have been that of any checkpoint that cannot be written.
+    trained = run_of(*vlm.load(str(model)), out_dir=str(tmp_path / "out"))
+    with pytest.raises(OSError, match="could not write checkpoint .*ckpt-1: .*temperature"):
+        resume.save(trained, state(run.dir) | {"step": 1, "previous": 0})
+    assert os.listdir(tmp_path / "out") == ["metrics.jsonl"]
+
+
+def test_without_evaluation_no_row_without_figures_is_logged(run, tmp_path):
+    """After the cold start a row came that had a step, a stage and nothing else."""
+    alone(**{**run.how, "model": run.model, "out_dir": tmp_path, "sft_steps": 2, "rl_steps": 0,
+             "eval_every": 0})
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2] and all("loss" in row for row in rows)
 
 
 def test_a_damaged_or_lost_checkpoint_ends_the_run(copied, run, monkeypatch):
