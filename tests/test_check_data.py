@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 from runs import ALONE, EVALUATE, command, run_of
 from test_formats import GOOD, write
+from tiny_families import KINDS, build
 
 import data
 import model as vlm
 import rollout
-from plumbing import check_data
+from plumbing import check_data, checkpoints
 
 DATA = os.path.join(os.path.dirname(EVALUATE), "data.py")
 
@@ -111,6 +112,25 @@ def test_the_lengths_are_those_of_a_runs_prompts(tmp_path, monkeypatch, capsys, 
     status, out = checked(monkeypatch, capsys, path, f"--model={weightless}", *flags,
                           f"--vllm_length={too_long}")
     assert status == 1 and f"do not fit vllm_length = {too_long}" in out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_is_counted_and_tried_without_its_weights(tmp_path, questions, kind):
+    """The prompt is that of the whole model; and saving is tried without writing a tensor."""
+    model, tokenizer = build(kind)
+    os.makedirs(tmp_path / "out")
+    checkpoints.try_saving(model, tokenizer, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == []
+    checkpoints.save_pretrained(model, tokenizer, str(tmp_path / "model"), weights={})
+    assert not [file for file in os.listdir(tmp_path / "model") if "safetensors" in file]
+    facts, words = checkpoints.load_without_weights(str(tmp_path / "model"))
+    for sample in data.load(write(tmp_path, "q.jsonl", *questions)):
+        video = data.open_video(sample.video, 5)
+        encoded = vlm.encode_video(model, lambda video=video: video, ALONE)
+        whole = vlm.make_prompt(model, tokenizer, sample.question, *encoded)
+        counted = check_data.prompt_without_vision(facts, words, sample, video, vlm)
+        assert counted.ids.shape == whole.ids.shape and counted.vision.shape == whole.vision.shape
+        assert counted.grids == whole.grids
 
 
 def test_an_answer_that_its_own_verifier_refuses_is_a_failure(tmp_path, monkeypatch, capsys,
