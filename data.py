@@ -24,6 +24,7 @@ from flow import PromptError, Sample, VideoError
 from plumbing import check_data, store
 from plumbing.fetching import refuse_changes, without_tokens
 from plumbing.formats import read_samples
+from plumbing.judges import load_verifiers
 from plumbing.ranks import on_first, run_command
 from plumbing.video import open_file
 
@@ -79,11 +80,8 @@ def load_questions(c, say):
     c: train.Config or evaluate.Config. Raises ValueError if a domain has no verifier. Samples
     whose gold answer its own verifier refuses are named: nobody can be right about them.
     """
-    users_own = dict(spec.partition("=")[::2] for spec in c.verifiers.split(",") if spec)
-    for domain, where in users_own.items():
-        if not where:
-            raise ValueError(f"--verifiers: {domain!r} is not domain=my_file.py:function")
-        rewards.VERIFIERS[domain] = rewards.load_verifier(where)
+    users_own = load_verifiers(c.verifiers)
+    rewards.VERIFIERS.update(users_own)
     samples = load(c.data, c.video_dir, say)
     if c.eval_data:
         train, held_out = samples, load(c.eval_data, c.video_dir, say)

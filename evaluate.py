@@ -23,7 +23,7 @@ import model as vlm
 import rewards
 from curriculum import Curriculum
 from flow import Run
-from plumbing import command_line
+from plumbing import command_line, judges
 from plumbing.fetching import fetch_in_rounds
 from plumbing.grades import append, begin, read_grades
 from plumbing.metrics import mean
@@ -58,6 +58,8 @@ class Config:
     force_answer: bool = True      # false: a completion that thinks too long ends unanswered
     format_weight: float = 0.1     # weight of the format in the reward
     verifiers: str = ""            # your own: "domain=my_file.py:function", comma-separated
+    judges: int = 8                # how many calls of your own verifiers run at once
+    judge_seconds: float = 60.0    # for each; an answer that takes longer is ungraded, not wrong
     rollout: str = "torch"         # or "vllm"
     vllm_length: int = 16384       # most tokens of prompt plus completion
     vllm_memory: float = 0.5       # vLLM's share of GPU memory
@@ -114,7 +116,7 @@ def evaluate(run, samples, k=0, grades=None, think_least=0):
                                          room(run.tokenizer, **budgets(c)))
     greedy, sampled = ask(run, prompts, k, think_least)
     mine = slice(ranks.sp_rank, None, ranks.sp)            # all sp ranks have the same answers
-    answers, ungraded = verify(prompts[mine], greedy[mine], sampled[mine], c.format_weight)
+    answers, ungraded = verify(c, prompts[mine], greedy[mine], sampled[mine])
     answers = [a for part in gather(answers, ranks) for a in part]
     dropped = merged(dropped | ungraded, ranks)
     if not answers:
@@ -152,11 +154,12 @@ def ask(run, prompts, k, think_least):
     return greedy, rollout(run.model, run.tokenizer, only_prompts, keys, **how)
 
 
-def verify(prompts, greedy, sampled, format_weight):
+def verify(c, prompts, greedy, sampled):
     """-> list of `Answer`, {id: why not graded}"""
+    pairs = [(sample, one + more) for (sample, _), one, more in zip(prompts, greedy, sampled)]
+    verdicts = judges.grade(pairs, c, rewards.score, rewards.VerifierError)
     answers, ungraded = [], {}
-    for (sample, _), [completion], others in zip(prompts, greedy, sampled):
-        graded, why = rewards.verify(sample, [completion, *others], format_weight)
+    for (sample, [completion, *_]), (graded, why) in zip(pairs, verdicts):
         if why:
             ungraded[sample.id] = why
             continue
@@ -236,8 +239,8 @@ def grade_part(run, samples):
     completions = rollout(
         run.model, run.tokenizer, [prompt for _, prompt in prompts], keys, ranks, c.max_tokens,
         c.stage2, run.engine, partial(fetch_in_rounds, run, data.fetch), **budgets(c))
-    verdicts = on_first(lambda: [rewards.verify(sample, answers, c.format_weight)
-                                 for (sample, _), answers in zip(prompts, completions)], ranks)
+    pairs = [(sample, answers) for (sample, _), answers in zip(prompts, completions)]
+    verdicts = on_first(lambda: judges.grade(pairs, c, rewards.score, rewards.VerifierError), ranks)
     correct = {}
     for (sample, _), (graded, why) in zip(prompts, verdicts):
         if why:

@@ -1,25 +1,33 @@
 """
 Is the answer right? One small verifier per domain, and one check of the format.
 
-A verifier is a function (predicted, answer) -> a number in [0, 1]; answer is the gold answer. A
-range, a second guess or a copy of the options is wrong, because it could contain any answer. Tags
+A verifier is a function (predicted, answer) -> a number in [0, 1]; answer is the gold answer. How
+an answer is set does not matter (`unwrap`), but it must be the answer alone: a sentence around it,
+a range, a second guess or a copy of the options is wrong, because it could contain any answer. Tags
 are searched in decoded text, not in tokens: most tokenizers split them and merge their ends.
 """
+import json
+import os
 import re
 import sys
-import types
 import unicodedata
 from decimal import Decimal
-from math import isfinite, nan, prod
+from functools import lru_cache
+from math import prod
+from subprocess import PIPE, Popen
+from threading import Lock
 
 from rapidfuzz.distance import Levenshtein
 
 from flow import Reward
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-LATEX_BOX = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")    # braces 3 deep
-GLM_BOX = re.compile(r"<\|begin_of_box\|>(.*?)<\|end_of_box\|>", re.DOTALL)
+BRACED = r"(?:\\.|[^{}\\])*"
+for _ in range(8):                                    # braces 8 deep; \{ and \} are no braces
+    BRACED = rf"(?:\\.|[^{{}}\\]|\{{{BRACED}\}})*"
+BOX = re.compile(rf"\\boxed\{{({BRACED})\}}|<\|begin_of_box\|>(.*?)<\|end_of_box\|>", re.DOTALL)
 LONGEST = 10_000              # characters; longer text is not parsed as a number, box or time
+WORKERS, LOCK = {}, Lock()    # {process id: its process for formulas}
 
 
 class VerifierError(Exception):
@@ -50,13 +58,10 @@ def extract_answer(text):
     # If there is a box, LaTeX's or GLM's, the answer is in it. It must be the only one.
     if boxes == [0, 0, 0]:
         return answer.strip()
-    if boxes == [1, 0, 0]:
-        box = LATEX_BOX.search(answer)
-    elif boxes == [0, 1, 1]:
-        box = GLM_BOX.search(answer)
-    else:
+    if boxes not in ([1, 0, 0], [0, 1, 1]):
         return None
-    return box[1].strip() if box else None            # None: it is outside the <answer> block
+    box = BOX.search(answer)
+    return box[box.lastindex].strip() if box else None      # None: it is outside the <answer> block
 
 
 def well_formed(text):
@@ -90,110 +95,117 @@ def ends_in_loop(text):
     return False
 
 
+WRAPPERS = (                  # what an answer is set in: pattern, what remains
+    (r"```(?:\w*\n)?([^`]*)```|`([^`]*)`", r"\1\2"),
+    (r"(?<![\w)*])(\*\*|__|\*|_)(?=[^\s*_])([^*_]*)(?<=\S)\1(?![\w*])", r"\2"),
+    (r"(?<!\\)\$\$?([^$]*[^$\\])\$\$?|(?<!\\)\\[()\[\]]", r"\1"),        # $x$, \(x\)
+    (r"\\(?:text\w*|math(?:rm|bf|it|sf)|[mf]?box|boxed|bm|boldsymbol) *\{([^{}]*)\}", r" \1"),
+    (r"(?<!\\)\\([%$#&_])", r"\1"), (r"^\s*\{([^{}\":]*)\}\s*$", r"\1"),
+    (r"^\s*[\"“”'‘«「『]([^\"“”'’»」』]*)[\"“”'’»」』]\.?\s*$", r"\1"))
+PLAIN = re.compile(r"[A-Za-z\d\s,.:;()\[\]+-]*", re.ASCII)         # no wrapper begins so
+FORMS = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans("。\u3000−–", ". --")   # Ｂ is B
+
+
+def unwrap(text):
+    r"""The answer without what it is set in: "**B**", "$B$", "\text{B}", "“B”" and "Ｂ" are B."""
+    if len(text) <= LONGEST and not PLAIN.fullmatch(text):
+        text = text.translate(FORMS)
+        for pattern, remains in WRAPPERS * 3:
+            text = re.sub(pattern, remains, text)
+    return " ".join(text.split())
+
+
 def verify_choice(predicted, answer):
-    """The same letter, with or without its option: "B", "(b)", "B. right". Not two letters."""
-    choice = re.compile(r"\(?([A-Za-z])(?:[).:]+(.*))?", re.DOTALL)
-    # A second letter in the option's text: it stands alone, or is marked like an option.
-    second = r"\W*[A-Za-z]\W*\Z|\(?[A-Za-z][).:]|.*(?:\A|[\s;,(])\(?[A-Za-z][).:]+(?:\s|\w\w)"
-    predicted, gold = choice.fullmatch(predicted.strip()), choice.fullmatch(answer.strip())
-    if predicted is None or gold is None or re.match(second, predicted[2] or "", re.DOTALL):
+    """The same letter, alone or before its option's text: "B", "(b)", "B. right". The letter comes
+    first, with a mark after it. The next option too, or a letter as all of the text, is wrong."""
+    option = re.compile(r"[(\[【]? ?([A-Za-z])(?: ?([)\]】.:、]+| [-—] )(.*))?")
+    predicted, gold = option.fullmatch(unwrap(predicted)), option.fullmatch(unwrap(answer))
+    if predicted is None or gold is None:
         return 0.0
-    return float(predicted[1].upper() == gold[1].upper())
+    letter, mark, text = predicted.groups(default="")
+    # Options are copied in their order, all marked alike. Another letter is someone's initial.
+    copy = re.escape(chr(ord(letter) + 1) + mark[:1])
+    second = rf"\W*(?:[A-Za-z]\W*\Z|{copy})|.*[\s;,(\[]{copy}(?!(?<=\.)\Z|[A-Za-z]\.)"
+    return float(letter.upper() == gold[1].upper() and not re.match(second, text))
+
+
+def plain_number(text):
+    """The value of "7", "-1,234.50" or ".5", a `Decimal`; None if text is anything else."""
+    if not re.fullmatch(r"[+-]? ?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+)", text):
+        return None
+    return Decimal(re.sub("[ ,]", "", text))
 
 
 def verify_count(predicted, answer):
-    """The same whole number: "7", "07", "7.0". "between 0 and 10" is not a count."""
-    predicted, answer = predicted.strip(), answer.strip()
-    both_whole = all(re.fullmatch(r"[+-]?\d+(?:\.0*)?", text) for text in (predicted, answer))
-    return float(both_whole and Decimal(predicted) == Decimal(answer))
+    """The same whole number in digits: "7", "07", "7.0", "1,200". Not "seven", not "7 birds"."""
+    value, gold = plain_number(unwrap(predicted)), plain_number(unwrap(answer))
+    return float(value is not None and value == gold == value.to_integral())
 
 
 def fold(text):
-    """Text without case, punctuation and extra spaces: "A  Red-ball." -> "a red ball"."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)
-    return " ".join(words.split())                    # L, M, N: letters, their accents, numbers
+    """Text without case, punctuation and extra spaces: "A  Red-ball." -> "a red ball". Signs and
+    symbols stay, since they change the meaning: "-3.5", "C++", "$100", "5 %"."""
+    text = unicodedata.normalize("NFC", text.casefold())
+    text = re.sub(r"(?<!\w)-(?=[\d.])|(?<=\w)-(?!\s*\w)", "\u2212", text)    # no hyphen, but a sign
+    text = re.sub(r"[.,:/](?!\d)|(?<!\d)[,:/]", " ", text)            # 3.5 and 1:30 keep theirs
+    # Of Unicode's categories letters, their marks, numbers and symbols are kept.
+    kept = [unicodedata.category(c)[0] in "LMNS" or c in ".,:/%#*@&" for c in text]
+    text = "".join(c if keep else " " for c, keep in zip(text, kept))
+    return re.sub(" ?([+<>=~%°$€£¥#*@&^\u2212]) ?", r"\1", " ".join(text.split()))    # C ++, 5 %
 
 
 def verify_open(predicted, answer):
-    """The same words, regardless of case, spaces and punctuation."""
+    """The same words and symbols, regardless of case, spaces and punctuation; or the same plain
+    number. No synonyms, no other article: "the red ball" is not "red ball"."""
+    predicted, answer = unwrap(predicted), unwrap(answer)
+    value = plain_number(predicted)
+    if value is not None:
+        return float(value == plain_number(answer))
     return float(fold(predicted) == fold(answer) != "")
 
 
-LATEX = ((r"\\(?:text|mathrm)\{([^{}]*)\}", r" \1"),   # pattern, plain text; in this order
-         (r"\{,\}", ","), (r"\\%", "%"), ("\u2212", "-"),                  # 1{,}234, 50\%, minus
-         (r"\\[,;:! ]|[$]", " "),                        # spaces, and $ around formulas
-         (r"\^?\\circ|\^\{\\circ\}|°", " degree"),
-         (r"^\s*([+-]?)10(\^|\*\*)", r"\g<1>1*10^"))     # 10^3 is 1*10^3
-SCALES = {"%": 0.01, "percent": 0.01, "thousand": 1e3, "million": 1e6, "billion": 1e9}
-NUMBER = r"[+-]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+)"            # 1,234.5 or .5
-FRACTION = rf"(?P<minus>-?)\\[dt]?frac\{{(?P<top>{NUMBER})\}}\{{(?P<bottom>{NUMBER})\}}"
-POWER = r"(?:e| ?(?:[x×*]|\\times|\\cdot) ?10(?:\^|\*\*)\{?)(?P<power>[+-]?\d+)\}?"     # x 10^3
-PLAIN = rf"(?P<number>{NUMBER})(?:{POWER})?(?: ?/ ?(?P<over>{NUMBER}))?"
-WORD = r"(?!(?:[eixyzπ]|pi|or|and|to)\b)[^\W\d_]{1,15}[²³]?(?:\^?-?\d)?"    # not 2x, not "2 or"
-UNIT = rf"(?P<unit>{WORD}(?: ?(?:[/·*]| per ) ?{WORD}){{0,3}})"                # km, m/s^2
-QUANTITY = re.compile(rf"(?:[a-z] ?= ?)?(?:{FRACTION}|{PLAIN}) ?(?P<scale>{'|'.join(SCALES)})?"
-                      rf" ?{UNIT}?\.?", re.IGNORECASE)                        # x = 3 million km.
-
-
-def quantity(text, percent=True):
-    """(value, unit) if text is one number, else (nan, ""). percent: "50%" is 0.5, not 50."""
-    for latex, plain in LATEX:
-        text = re.sub(latex, plain, text)
-    match = QUANTITY.fullmatch(squeeze(text))
-    if match is None:
-        return nan, ""
-    top = match["top"] or f"{match['number']}e{match['power'] or 0}"
-    bottom = float((match["bottom"] or match["over"] or "1").replace(",", ""))
-    value = float(top.replace(",", "")) / bottom if bottom else nan
-    scale = (match["scale"] or "").lower()
-    if percent or scale != "%":
-        value *= SCALES.get(scale, 1)
-    value = -value if match["minus"] else value
-    unit = (match["unit"] or "").replace(" ", "")
-    if len(unit) >= 4:                                # shorter ones are symbols: mW is not MW
-        unit = unit.casefold().rstrip("s")
-    return value, unit
-
-
-def squeeze(text):
-    """Text with every run of white space as one space; "" if it is too long to parse."""
-    text = " ".join(text.split())
-    return text if len(text) <= LONGEST else ""
-
-
-def close(predicted, answer, tolerance, percent=True):
-    """True if predicted is a quantity within tolerance * the gold value, in the same unit."""
-    value, unit = quantity(predicted, percent)
-    gold, gold_unit = quantity(answer, percent)
-    same_unit = unit == gold_unit or "" in (unit, gold_unit)          # compared as written
-    return same_unit and abs(value - gold) <= tolerance * abs(gold)   # False if value is nan
+@lru_cache(maxsize=10_000)                            # the completions of a group answer alike
+def ask_worker(domain, predicted, answer, tolerance):
+    """True if two numbers, quantities or formulas are the same. math-verify may take for ever on a
+    formula, so plumbing/math_worker.py asks it in another process, which ends itself at its time
+    limit: the answer is wrong. Raises ValueError if math-verify is missing."""
+    if predicted == answer or len(predicted + answer) > LONGEST:
+        return predicted == answer != ""
+    with LOCK:                                        # threads ask one after another
+        worker = WORKERS.get(os.getpid())
+        if worker is None or worker.poll() is not None:
+            file = os.path.join(os.path.dirname(__file__), "plumbing", "math_worker.py")
+            worker = Popen([sys.executable, "-P", file], stdin=PIPE, stdout=PIPE, text=True)
+            WORKERS[os.getpid()] = worker             # a forked process starts its own
+        print(json.dumps([domain, predicted, answer, tolerance]), file=worker.stdin, flush=True)
+        reply = worker.stdout.readline().strip()
+        if not reply:                                 # its time was up
+            worker.wait()
+    if reply not in ("right", "wrong", ""):
+        raise ValueError(f"formulas cannot be compared: {reply}")
+    return reply == "right"
 
 
 def verify_math(predicted, answer):
-    r"""The same number, within 1e-6 of it: 1/2, \frac{1}{2}, 0.5, 50% and 5e-1 are the same."""
-    gold, _ = quantity(answer)
-    if not isfinite(gold):                            # "x + 1": the same text, up to spaces
-        return float("".join(predicted.split()) == "".join(answer.split()) != "")
-    return float(close(predicted, answer, 1e-6))
+    r"""The same value: 1/2, \frac{1}{2}, 0.5, 50% and 5e-1 are the same, and so are (x+1)^2 and
+    x^2+2x+1. Whole numbers are equal, others within 1e-6. A unit or a name ("x = 5") may be left
+    out, but not be another one. No number in words, no sentence around it."""
+    return float(ask_worker("math", unwrap(predicted), unwrap(answer), "1e-6"))
 
 
 def verify_chart(predicted, answer):
-    """A number within 2.5% of the answer (read off an axis), a year exactly, or the same words."""
-    gold, _ = quantity(answer)
-    if not isfinite(gold):
+    """A number within 2.5% of the answer (read off an axis), a year exactly, or the same words. A
+    percent sign may be on the axis; 0.25 is 25% as well. A scale is not: 45 is not 45 million."""
+    if verify_open(predicted, answer) or not re.search(r"\d", answer):
         return verify_open(predicted, answer)
-    tolerance = 0 if re.fullmatch(r"19\d\d|20\d\d|2100", answer.strip()) else 0.025 + 1e-9
-    right = close(predicted, answer, tolerance)
-    if not right and ("%" in predicted) != ("%" in answer):           # the % may be on the axis
-        right = close(predicted, answer, tolerance, percent=False)
-    return float(right)
+    tolerance = "0" if re.fullmatch(r"19\d\d|20\d\d|2100", unwrap(answer)) else "0.025"
+    return float(ask_worker("chart", unwrap(predicted), unwrap(answer), tolerance))
 
 
 def verify_ocr(predicted, answer):
     """1 - edit distance / length of the longer text; case counts, runs of spaces count as one."""
-    predicted = " ".join(unicodedata.normalize("NFC", predicted).split())
-    answer = " ".join(unicodedata.normalize("NFC", answer).split())
+    predicted = unicodedata.normalize("NFC", unwrap(predicted))
+    answer = unicodedata.normalize("NFC", unwrap(answer))
     longer = max(len(predicted), len(answer))
     if not predicted or not answer or longer > LONGEST:
         return float(predicted == answer != "")
@@ -211,11 +223,21 @@ def iou(a, b):
     return shared / (size(a) + size(b) - shared) if shared else 0.0
 
 
+CORNER = r"([+-]?\d{1,9}(?:\.\d{0,9})?) ?, ?([+-]?\d{1,9}(?:\.\d{0,9})?)"                # x, y
+BOX_FORMS = (                 # of Qwen and of JSON: pattern, what remains
+    (r"<\|object_ref_start\|>[^<>]*<\|object_ref_end\|>|<ref>[^<>]*</ref>", ""),
+    (r"<\|box_(?:start|end)\|>|</?box>", " "),
+    (rf"\( ?{CORNER} ?\) ?,? ?\( ?{CORNER} ?\)", r"[\1,\2,\3,\4]"),
+    (r"\{[^{}\[\]]*[\"']b?box(?:_2d)?[\"'] ?: ?(\[[^\[\]{}]*\])[^{}\[\]]*\}", r"\1"))
+
+
 def parse_boxes(text):
     """[(x1, y1, x2, y2), ...] of a text that is boxes and nothing else, at most 100; else []."""
-    text = squeeze(text)
-    box = r"\[ ?" + " ?, ?".join([r"(-?\d{1,9}(?:\.\d{0,9})?)"] * 4) + r" ?\]"
-    if not re.fullmatch(rf"\[? ?{box}(?: ?[,;]? ?{box}){{0,99}} ?\]?", text):
+    text = unwrap(text)
+    for pattern, remains in BOX_FORMS:
+        text = re.sub(pattern, remains, text)
+    box = rf"[\[(] ?{CORNER} ?, ?{CORNER} ?[\])]"
+    if not re.fullmatch(rf"\[? ?{box}(?: ?[,;]? ?{box}){{0,99}} ?\]?\.?", text.strip()):
         return []
     return [tuple(map(float, corners)) for corners in re.findall(box, text)]
 
@@ -243,38 +265,25 @@ def verify_grounding(predicted, answer):
 
 
 def verify_time(predicted, answer):
-    """IoU of two intervals: "12.5-17", "from 12.5 to 17 s", "0:12-0:17", "1:02:03 to 1:02:10"."""
+    """IoU of two intervals: "12.5-17", "from 12.5 to 17 s", "between 0:12 and 0:17", "[12.5, 17]".
+    Numbers of seconds or clock times, and no words but these."""
     def seconds(time):
         return sum(float(part) * 60 ** i for i, part in enumerate(reversed(time.split(":"))))
 
-    clock = (r"((?:\d{1,3}:[0-5]\d|\d{1,3}):[0-5]\d(?:\.\d{1,9})?|\d{1,9}(?:\.\d{0,9})?)"
-             r"(?: ?(?:s|sec|seconds?))?")
-    interval = re.compile(rf"(?:from )?{clock} ?(?:-|–|—|to|until) ?{clock}\.?", re.IGNORECASE)
-    predicted, gold = interval.fullmatch(squeeze(predicted)), interval.fullmatch(squeeze(answer))
+    unit = r"(?: ?(?:s|secs?|seconds?|秒))?"
+    clock = r"((?:\d{1,3}:[0-5]\d|\d{1,3}):[0-5]\d(?:\.\d{1,9})?|\d{1,9}(?:\.\d{0,9})?)" + unit
+    middle = r"(?(1) and | ?(?:-|—|~|to|until|→|-->|(?(2),|-)) ?)"    # (1): between; (2): a bracket
+    form = rf"(between )?([\[(] ?)?(?:from )?{clock}{middle}{clock}(?(2) ?[\])]{unit})\.?"
+    interval = re.compile(form, re.IGNORECASE)
+    predicted, gold = interval.fullmatch(unwrap(predicted)), interval.fullmatch(unwrap(answer))
     if predicted is None or gold is None:
         return 0.0
-    return iou(list(map(seconds, predicted.groups())), list(map(seconds, gold.groups())))
+    return iou(list(map(seconds, predicted.groups()[2:])), list(map(seconds, gold.groups()[2:])))
 
 
 VERIFIERS = {"choice": verify_choice, "count": verify_count, "open": verify_open,
              "math": verify_math, "chart": verify_chart, "ocr": verify_ocr,
              "grounding": verify_grounding, "time": verify_time}
-
-
-def load_verifier(spec):
-    """Your own verifier, "folder/my_file.py:function". Raises ValueError if it cannot be loaded."""
-    path, _, function = spec.rpartition(":")
-    module = types.ModuleType("verifier " + path)
-    sys.modules[module.__name__] = module             # dataclasses look up their own module there
-    try:
-        with open(path, encoding="utf-8") as f:
-            exec(compile(f.read(), path, "exec"), vars(module))
-        if not callable(getattr(module, function)):
-            raise TypeError(f"{function} is no function")
-    except (Exception, SystemExit) as e:              # any code may raise anything
-        raise ValueError(f"cannot load the verifier {spec!r} (path.py:function): "
-                         f"{type(e).__name__}: {e}") from e
-    return getattr(module, function)
 
 
 def score(text, answer, domain, format_weight=0.1):
@@ -296,12 +305,3 @@ def score(text, answer, domain, format_weight=0.1):
         raise VerifierError(f"domain {domain!r}: {type(e).__name__}: {e}") from e
     total = (1 - format_weight) * float(accuracy) + format_weight * form
     return Reward(total, float(accuracy), form)
-
-
-def verify(sample, completions, format_weight):
-    """-> ([`Reward`], ""), or (None, why) if the verifier failed: the answers are not graded."""
-    try:
-        graded = [score(x.text, sample.answer, sample.domain, format_weight) for x in completions]
-    except VerifierError as e:
-        return None, str(e)
-    return graded, ""

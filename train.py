@@ -31,6 +31,7 @@ from flow import Group, Ranks, Run
 from plumbing import batches, command_line, metrics
 from plumbing.fetching import fetch_in_rounds, fetch_own, keep
 from plumbing.grades import read_grades
+from plumbing.judges import grade
 from plumbing.metrics import Clock, Meter, mean
 from plumbing.optimizer import falling, update, warmed_up
 from plumbing.ranks import (
@@ -96,6 +97,8 @@ class Config:
     loss_average: str = "sample"   # equal weight per completion; "token": equal weight per token
     format_weight: float = 0.1     # as LongVILA-R1; 0: reward only the answer, as GLM-4.1V
     verifiers: str = ""            # your own: "domain=my_file.py:function", comma-separated
+    judges: int = 8                # how many calls of your own verifiers run at once
+    judge_seconds: float = 60.0    # for each; an answer that takes longer is ungraded, not wrong
     warmup: int = 10               # optimizer steps of each stage over which lr rises linearly
     # the sampler: both have the same distribution, but other random numbers
     rollout: str = "torch"         # the engine in rollout.py, or "vllm" (requirements-gpu.txt)
@@ -242,9 +245,8 @@ def verify(run, groups, completions):
     asks for all sp ranks, since a verifier may be a model.
     """
     def ask():
-        weight = run.config.format_weight
-        return [rewards.verify(group.sample, answers, weight)
-                for group, answers in zip(groups, completions)]
+        pairs = [(group.sample, answers) for group, answers in zip(groups, completions)]
+        return grade(pairs, run.config, rewards.score, rewards.VerifierError)
 
     graded, ungraded = [], {}
     for group, answers, (verdict, why) in zip(groups, completions, on_first(ask, run.ranks)):

@@ -119,7 +119,7 @@ def describe(options):
 MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2",
               "fsdp", "checkpointing", "max_tokens", "vllm_memory", "vllm_share", "rl_steps",
               "eval_every", "eval_samples", "eval_frames", "eval_budgets", "pass_k", "show_every",
-              "save_every"}
+              "save_every", "judges", "judge_seconds"}
 # Options that may differ between the machines of a run.
 OF_MACHINE = {"video_dir", "cache_dir", "cache_gb", "out_dir", "vllm_memory"}
 
@@ -150,7 +150,8 @@ def check_sampling(c, ranks):
     check_choice(c, "rollout", ("torch", "vllm"))
     check_choice(c, "dtype", ("float32", "bfloat16"))
     check_range(c, 1, math.inf, "frames", "max_tokens", "vllm_length", "prompts_per_step",
-                "answer_budget")
+                "answer_budget", "judges")
+    check_range(c, 0.001, 1e6, "judge_seconds")
     check_range(c, 0, math.inf, "seed", "max_pixels", "think_budget", "eval_samples", "pass_k")
     check_range(c, 0, 1, "format_weight", "vllm_memory")
     if not c.cache_gb >= 0:                # inf is no bound; nan is refused

@@ -3,9 +3,15 @@
 What counts as an answer, what counts as right, and which tricks do not count as right.
 """
 import doctest
+import os
 import random
+import signal
 import string
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +23,6 @@ from rewards import (
     extract_answer,
     fold,
     garbled,
-    load_verifier,
     score,
     well_formed,
 )
@@ -68,6 +73,10 @@ def answering(answer, thought="t"):
     ("<think>t</think><|begin_of_box|>7<|end_of_box|>", "7"),  # without tags
     ("<think>t</think>\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{1}{\\sqrt{2}}"),
     ("<think>t</think><answer>\\boxed{}</answer>", ""),
+    # Braces in braces, and LaTeX's \\{ and \\}, which are none.
+    ("<think>t</think>\\boxed{\\frac{\\sqrt{\\frac{1}{2}}}{3}}", "\\frac{\\sqrt{\\frac{1}{2}}}{3}"),
+    ("<think>t</think>\\boxed{{{{{{7}}}}}} {x}", "{{{{{7}}}}}"),
+    ("<think>t</think>\\boxed{\\left\\{1 \\right.} }", "\\left\\{1 \\right."),
     # A box in the thinking is not.
     ("<think>\\boxed{6}, no: </think><answer>7</answer>", "7"),
     ("<think>t</think><answer>\\boxed{7} or \\boxed{8}</answer>", None),
@@ -233,7 +242,7 @@ CASES = {
         ("20-30", "10-20", 0), ("20-10", "10-20", 0), ("20-10", "20-10", 0), ("12-12", "12-12", 0),
         ("12", "10-20", 0), ("", "10-20", 0), ("", "", 0), ("10-20 or 30-40", "10-20", 0),
         ("10-20, 30-40", "10-20", 0), ("10-20-30", "10-20", 0),
-        ("10-20" + " " * 20000 + "or 30-40", "10-20", 0), ("between 0 and 10", "0-10", 0),
+        ("10-20" + " " * 20000 + "or 30-40", "10-20", 0), ("between 0 and 10", "0-10", 1),
         ("0:75-0:80", "75-80", 0), ("about 10-20", "10-20", 0), ("nan-20", "10-20", 0),
         ("the whole video", "10-20", 0), ("9" * 400 + "-" + "9" * 401, "10-20", 0)]}
 
@@ -247,6 +256,117 @@ def test_what_is_right(domain, predicted, answer, expected):
     assert type(value) is float and value == expected
     if "<" not in predicted:
         assert score(answering(predicted), answer, domain).accuracy == expected
+
+
+# In the forms that models and data sets write: (predicted, gold answers that it is, and is not).
+FORMS = {
+    "choice": [
+        *[(text, ["B"], ["A", "C"]) for text in (
+            "**B**", "__B__", "*B*", "_(B)_", "`B`", "$B$", "$$B$$", "\\(B\\)", "\\text{(B)}",
+            "\\mathrm{B}", "$\\textbf{B}$", "\\boxed{B}", "{B}", "“B”", "'B'", "Ｂ", "B。",
+            "（Ｂ）", "[B]", "【B】", "**B.** a red car", "**B**. a red car", "B．红色的车",
+            "B：红色", "B、红色", "[B] a red car", "B - a red car", "(B). a red car", "b) a car",
+            "B. John F. Kennedy", "B. J. K. Rowling", "(B) Philip C. Jones", "B. At 10 a.m. sharp",
+            "B. Washington D.C. in winter", "B. He gets an A. She gets a B.", "B. E. coli",
+            "B. Jackson 5, M. Jackson", "B. x = 3", "B. Vitamin C.")],
+        *[(text, [], ["A", "B"]) for text in (
+            "A) or B)", "**A** or **B**", "$A$, $B$", "[A] [B]", "A、B", "(A) left\n(B) right",
+            "A. yes B. no", "B. A", "The answer is (B).", "B a red car", "B,", "a red car")]],
+    "count": [
+        *[(text, ["3", "3.0", "03"], ["30", "-3"]) for text in (
+            "**3**", "`3`", "$3$", "\\(3\\)", "\\text{3}", "\\mathbf{3}", "\\boxed{3}", "３", "3。",
+            '"3"', "“3”", "**3**.", "+3", "3.00")],
+        ("−2", ["-2"], ["2"]), ("1,000,000", ["1000000"], ["1"]), ("$1,200$", ["1200"], []),
+        *[(text, [], ["3", "2", "4"]) for text in (
+            "three", "3 birds", "~3", "3+", "<3", "≥3", "3k", "3x", "3%", "3 dozen", "3 - 4", "1/3",
+            "2.999999999", "3 or more", "**2** or **3**")]],
+    "open": [
+        ("3.5", ["3.5", "3.50", "+3.5", "$3.5$"], ["-3.5", "35", "3 5", "3,5", "3:5"]),
+        ("-5 °C", ["−5°C", "-5 ° c"], ["5 °C", "-5 C"]), ("C", [], ["C++", "C#"]),
+        ("C ++", ["C++", "c++"], ["C", "C#", "C+"]), ("A+", ["a +"], ["A-", "A", "A*"]),
+        (">5", ["> 5"], ["<5", "5", "=5"]), ("$100", ["$ 100"], ["€100", "100", "100%"]),
+        ("a > b", ["A>B"], ["a < b", "a b"]), ("x+1", ["x + 1"], ["x-1", "x*1"]),
+        ("5²", [], ["52", "5"]), ("½", [], ["12"]), ("1/2", [], ["1.2", "12", "1 2"]),
+        (".5", ["0.5"], ["5", "-.5"]), ("- 5", ["-5"], ["5"]), ("left → right", [], ["left right"]),
+        ("**red** ball", ["red ball", "`Red-ball`", "\\text{red ball}", "“red ball”"], ["red"])],
+    "math": [
+        ("1/2", ["\\frac12", "\\tfrac{1}{2}", "½", "\\left(\\frac{1}{2}\\right)", "{1}/{2}", "0.5",
+                 "\\frac{ 1 }{ 2 }", "\\displaystyle\\frac{1}{2}", "\\frac{-1}{-2}", "50%", ".50",
+                 "\\frac{1,000}{2,000}", "P(A) = 0.5", "2^{-1}"], ["2", "12", "-1/2", "50"]),
+        ("2.5", ["2\\frac{1}{2}", "2\\frac12", "2½", "2 1/2", "\\frac52"], ["21/2", "-2.5", "1"]),
+        ("1024", ["2^{10}", "2**10", "1,024", "1{,}024", "1\\,024", "32^2"], ["210", "2^{11}"]),
+        ("2\\sqrt{3}", ["\\sqrt{12}", "2√3", "x=2\\sqrt3", "2 \\sqrt { 3 }", "3.4641016"],
+         ["2", "3", "\\sqrt{3}", "2\\sqrt{2}"]),
+        ("\\frac{\\pi}{2}", ["π/2", "0.5\\pi", "1.5707963"], ["\\pi", "2", "1.57"]),
+        ("(x+1)^2", ["x^2+2x+1", "(1+x)(x+1)"], ["x^2+1", "(x-1)^2", "4"]),
+        ("x \\ge 5", ["x ≥ 5", "x>=5", "x\\geq 5"], ["x > 5", "x \\le 5", "5"]),
+        ("-2,1", ["1,-2", "x = 1 or x = -2", "\\{-2, 1\\}"], ["1", "-2", "2,1", "-2,1,3"]),
+        ("\\left[0,1\\right)", ["[0,1)", "[0, 1)"], ["[0,1]", "(0,1)", "0"]),
+        ("(1,4.5)", ["\\left(1,\\frac{9}{2}\\right)"], ["(4.5,1)", "1", "[1,4.5]"]),
+        ("4i+3", ["3+4i"], ["3", "4i-3"]), ("\\emptyset", ["∅", "\\varnothing"], ["0"]),
+        ("-\\infty", ["-∞"], ["∞", "0"]), ("204_5", ["204_{5}"], ["204", "204_6"]),
+        ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}",
+         ["\\begin{bmatrix} 1 & 2 \\\\ 3 & 4 \\end{bmatrix}"],
+         ["\\begin{pmatrix}1&2\\\\3&5\\end{pmatrix}"]),
+        ("15 cm^2", ["15", "15\\text{ cm}^2", "15 cm²", "15 cm^{2}"], ["15 cm", "15 m^2", "152"]),
+        ("9.8 m s^{-1}", ["9.8"], ["9.8 m"]), ("25 square centimeters", ["25"], ["25 cm"]),
+        ("60^\\circ", ["60", "60°", "60 degrees", "m\\angle ABC = 60^{\\circ}"], ["60%", "6"]),
+        ("\\$5.00", ["5", "$5"], ["€5", "5 cm"]), ("5 \\Omega", ["5 Ω", "5"], ["5 m"]),
+        ("5", ["AB = 5", "f(2) = 5", "\\text{Area} = 5", "5 units", "5 birds", "-(-5)", "{5}",
+               "\\textbf{5}", "\\sqrt{25}", "$$5$$", "\\(5\\)", "5\\mathrm{~cm}", "x = 5", "5 USD"],
+         ["5n", "5a", "5k", "5 n", "5m", "5x", "5!", "5 dozen", "5 hundred", "5 thirds", "5 maybe",
+          "5 squared", "5 factorial", "5 sin", "5 thousandths", "5 minus", "5 more", "5 or 6",
+          "5 6", "[4,5]", "5 \\pm 1", "x > 5", "x = 5 = 6", "4 = 5", "--5", "5 = 5 = 5", "5.1",
+          "2 + 3 4", "5 (or 6)", "between 4 and 6", "The answer is 5", "five", "5e-400"]),
+        ("12345678", ["12,345,678"], ["12345670", "12345677"]), ("1e-400", [], ["0", "1e-399"]),
+        ("1.2 trillion", ["1200000000000"], ["1.2"]), ("3 \\cdot 10^8", ["3e8", "3·10⁸"], ["30^8"]),
+        ("Yes", ["\\text{Yes}", "yes"], ["No"]), ("no solution", ["No solution"], ["0"]),
+        ("5 kg", [], ["5 m", "5 g"]), ("3 apples", ["3 apple"], ["3 oranges"])],
+    "chart": [
+        ("1.2M", ["1200000", "1.2 million", "$1.2M"], ["1.2", "12", "1.2k"]),
+        ("12k", ["12000", "12K"], ["12"]), ("3.5 trillion", ["3500000000000"], ["3.5"]),
+        ("100 hundred", ["10000"], ["100"]), ("> 50%", ["> 50 %"], ["< 50%", "50%"]),
+        ("4500%", [], ["45"]), ("25%", ["25", "0.25", "25 percent"], ["2500", "0.0025"]),
+        ("C", [], ["C++"]), ("+5 pp", ["5 pp"], ["-5 pp"]), ("23 years", ["23"], ["23 kg", "2"]),
+        ("45 million", [], ["45"]), ("2010", ["2,010"], ["2011"]), ("45n", [], ["45"])],
+    "ocr": [(text, ["STOP"], []) for text in ("**STOP**", "`STOP`", "```\nSTOP\n```", "ＳＴＯＰ")],
+    "grounding": [
+        *[(text, ["[10,20,110,220]"], ["[10,20,110,100]", "[[10,20,110,220],[0,0,5,5]]"])
+          for text in (
+            '{"bbox_2d": [10, 20, 110, 220], "label": "dog"}', "**[10, 20, 110, 220]**",
+            '```json\n[\n\t{"bbox_2d": [10, 20, 110, 220], "label": "dog"}\n]\n```',
+            "{'label': 'dog', 'bbox_2d': [10, 20, 110, 220]}", "(10,20),(110,220)",
+            "<|object_ref_start|>dog<|object_ref_end|><|box_start|>(10,20),(110,220)<|box_end|>",
+            "<ref>dog</ref><box>(10,20),(110,220)</box>", "[10,\n20,\n110,\n220].",
+            "［10, 20, 110, 220］")],
+        ("[10,20,110,220] or [0,0,5,5]", [], ["[10,20,110,220]"])],
+    "time": [
+        *[(text, ["24.3-30.4", "[24.3, 30.4]", "between 24.3 and 30.4"], ["0-24.3", "40-50"])
+          for text in (
+            "[24.3, 30.4]", "(24.3, 30.4)", "[24.3 s, 30.4 s]", "[24.3, 30.4] seconds",
+            "[24.3 - 30.4]", "between 24.3 and 30.4 seconds", "Between 0:24.3 and 0:30.4",
+            "24.3 ~ 30.4", "24.3～30.4", "**24.3 - 30.4**", "24.3s–30.4s", "24.3 → 30.4",
+            "00:00:24.300 --> 00:00:30.400", "“24.3-30.4”", "24.3−30.4秒")],
+        *[(text, [], ["24-30"]) for text in (
+            "24, 30", "24 and 30", "between 24 - 30", "[24]", "[24, 30], [40, 50]", "[24, 30",
+            "from about 24 to 30", "start: 24, end: 30")]]}
+
+
+@pytest.mark.parametrize("domain, predicted, right, wrong", [
+    (domain, *row) for domain, rows in FORMS.items() for row in rows],
+    ids=lambda x: ascii(x)[:30] if isinstance(x, str) else "")
+def test_an_answer_may_be_written_in_many_forms(domain, predicted, right, wrong):
+    """Of 419 such answers 128 were graded wrong: what stood in bold or in dollars was refused, and
+    signs, symbols and any word after a number were overlooked."""
+    for answer in right:
+        assert abs(VERIFIERS[domain](predicted, answer) - 1) < 0.05, answer
+    for answer in wrong:
+        if domain == "grounding":
+            assert VERIFIERS[domain](predicted, answer) <= 0.5, answer
+        else:
+            assert VERIFIERS[domain](predicted, answer) == 0, answer
+            if domain not in ("choice", "count"):     # their gold answers are never so written
+                assert VERIFIERS[domain](answer, predicted) == 0, answer
 
 
 def test_every_verifier_is_in_the_table():
@@ -368,6 +488,8 @@ HEDGES = ["between 0 and 10", "a correct number between 0 and 10", "3 or 4", "3,
 @pytest.mark.parametrize("domain", [domain for domain in VERIFIERS if domain != "ocr"])
 def test_hedging_is_wrong_in_every_domain(text, domain):
     """Except in ocr, whose distance makes each addition cost."""
+    if domain == "time" and text == "between 0 and 10":
+        return                                        # there it is one answer: an interval
     for answer in ("3", "4", "7", "A", "[3,3,4,4]", "3-4.5", "0-10"):
         assert VERIFIERS[domain](text, answer) == 0
 
@@ -459,6 +581,119 @@ def test_the_longest_texts_that_are_compared_take_a_moment():
     assert time.process_time() - start < 3
 
 
+@pytest.mark.parametrize("piece", [
+    "<answer>", "</answer>", "<answer></answer>", "</think>", "<think>", "\\boxed{", "\\boxed{}",
+    "{", "{}", "{{a}", "\\", "<|begin_of_box|>", "<|end_of_box|>"])
+@pytest.mark.parametrize("around", ["%s", "<answer>%s</answer>", "\\boxed{%s", "\\boxed{%s}"])
+def test_an_answer_is_extracted_in_linear_time(piece, around):
+    """It took 2.6 s for 80,000 characters of opening tags."""
+    text = around % (piece * (200_000 // len(piece)))
+    start = time.process_time()
+    extract_answer(text)
+    assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize("domain, answer", [
+    ("choice", "B"), ("count", "7"), ("open", "red ball"), ("math", "\\sqrt{2}"), ("chart", "45%"),
+    ("ocr", "EXIT 7"), ("grounding", "[1,2,3,4]"), ("time", "1-2")])
+def test_the_worst_answer_of_10000_characters_is_graded_in_a_tenth_of_a_second(domain, answer):
+    """Each verifier alone; what the process for formulas does is limited by its own clock."""
+    r = random.Random(domain)
+    pieces = ["7", "[0,0,1,1],", "A. ", " ", "(", "\\boxed{", "{", "1:", "1,", "雪", '"', "-", "*",
+              "**", "_a_", "$", "\\text{", "`", "\\", "^{", "9^", "²", "½", "1/2 ", " km", "x = ",
+              "<ref>", "<box>", '{"bbox', "between 1 and ", "0:12-", "100,", ".5", "%", "~", "''",
+              "(1,2),(3,4)", "\\frac{1}{2}", "“", "B) ", "\u0300", "1e9", "e", "million ", "$5"]
+    texts = [piece * (10_000 // len(piece)) for piece in pieces]
+    for _ in range(20):
+        some = [r.choice(pieces) * r.choice((1, 3, 1000)) for _ in range(4)]
+        texts.append(("".join(some) * 10_000)[:10_000])
+    for text in texts:
+        for predicted, gold in ((text, answer), (answer, text)):
+            start = time.process_time()
+            VERIFIERS[domain](predicted, gold)
+            assert time.process_time() - start < 0.1, ascii(text[:40])
+
+
+# --------------------------------------------------------------------------------------------------
+# the process for formulas
+
+LONG_WORK = ("\\sqrt{2}", "[0,0,1,1]," * 29 + "[0,0,1,1]")      # seconds of math-verify's time
+
+
+@pytest.mark.parametrize("formula", [
+    "9^{9^{9^{9}}}", "9^9^9^9", "2^{99999999}", "(" * 500 + "1" + ")" * 500, "99999!", "9!!!!",
+    "\\sqrt{" * 100 + "2" + "}" * 100, "{" * 400, "1+" * 4000 + "1",
+    "\\left(" * 40 + "x" + "\\right)" * 40, "10^{10^{10}}", "\\frac{1}{" * 60 + "2" + "}" * 60])
+def test_no_formula_stops_a_run(formula):
+    """math-verify took seconds for the first, and for 500 parentheses."""
+    start = time.monotonic()
+    assert VERIFIERS["math"](formula, "\\sqrt{2}") == VERIFIERS["math"]("\\sqrt{2}", formula) == 0
+    assert time.monotonic() - start < 20
+    assert VERIFIERS["math"]("\\sqrt{8}", "2\\sqrt{2}") == 1
+
+
+def test_a_formula_that_takes_too_long_is_wrong_and_the_next_one_is_graded():
+    rewards.ask_worker.cache_clear()
+    VERIFIERS["math"]("\\sqrt{8}", "2\\sqrt2")
+    worker = rewards.WORKERS[os.getpid()]
+    os.kill(worker.pid, signal.SIGPROF)                # what its own clock sends it
+    worker.wait()
+    assert VERIFIERS["math"]("\\sqrt{18}", "3\\sqrt2") == 1
+    assert rewards.WORKERS[os.getpid()].pid != worker.pid
+    assert VERIFIERS["math"](*LONG_WORK) == 0
+    assert VERIFIERS["math"]("\\sqrt{27}", "3\\sqrt3") == 1
+
+
+def test_many_threads_ask_for_formulas():
+    """Each gets the answer to its own question."""
+    rewards.ask_worker.cache_clear()
+    questions = [(f"\\sqrt{{{n * n * 2}}}", f"{n + n % 2}\\sqrt2") for n in range(2, 40)]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda question: VERIFIERS["math"](*question), questions))
+    assert got == [float(n % 2 == 0) for n in range(2, 40)]
+
+
+SCRIPT = """
+import os, sys, threading, time, rewards
+assert rewards.VERIFIERS["math"]("sqrt(8)", "2sqrt(2)") == 1
+print(rewards.WORKERS[os.getpid()].pid, flush=True)
+{end}
+"""
+BUSY = f"threading.Thread(target=rewards.verify_math, args={LONG_WORK!r}, daemon=True).start(); "
+
+
+@pytest.mark.parametrize("end", [
+    "pass", "os._exit(1)",
+    BUSY + "time.sleep(0.3); os.kill(os.getpid(), 9)",
+    "os.fork() or rewards.verify_math('sqrt(18)', '3sqrt(2)') == 1 or os.abort()"])
+def test_no_process_is_left_behind(end):
+    """However the run ends, and if it forks: the child asks a process of its own."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT.format(end=end)], capture_output=True,
+                          text=True, timeout=60, cwd=Path(rewards.__file__).parent)
+    worker = int(done.stdout.split()[0])
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":                               # it has ended; nobody has asked yet
+            return
+        time.sleep(0.1)
+    raise AssertionError("the process for formulas is still there")
+
+
+def test_without_math_verify_a_formula_is_ungraded_and_the_remedy_named(tmp_path, monkeypatch):
+    """The real worker, in a Python without its packages. It is not called wrong."""
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    monkeypatch.setattr(rewards, "WORKERS", {})
+    monkeypatch.setattr(rewards.sys, "executable", str(bare))
+    with pytest.raises(VerifierError, match="'math'.*No module named.*pip install -r"):
+        score(answering("\\sqrt{50}"), "5\\sqrt2", "math")
+    assert score(answering("5 cm"), "5", "math").accuracy == 1
+
+
 # --------------------------------------------------------------------------------------------------
 # verifiers of one's own
 
@@ -479,30 +714,6 @@ def test_a_verifier_of_ones_own_scores(right, monkeypatch):
     got = score(GOOD, "7", "mine")
     assert got.accuracy == right and type(got.accuracy) is float
     assert score("no answer", "7", "mine").accuracy == 0
-
-
-def test_a_verifier_is_loaded_from_a_file(tmp_path, monkeypatch):
-    (tmp_path / "judge.py").write_text(
-        "from dataclasses import dataclass\nWORTH = 0.5\n@dataclass\nclass A:\n    x: 'int' = 1\n"
-        "def half(predicted, answer):\n"
-        "    return WORTH * A().x if predicted == answer else 0\n")
-    use_as_mine(monkeypatch, load_verifier(f"{tmp_path}/judge.py:half"))
-    assert score(GOOD, "7", "mine").accuracy == 0.5 and score(GOOD, "8", "mine").accuracy == 0
-
-
-@pytest.mark.parametrize("source, spec, why", [
-    ("", "judge.py:half", "half"), ("half = 1", "judge.py:half", "no function"),
-    ("def half(:", "judge.py:half", "SyntaxError"),
-    ("import no_such_thing", "judge.py:half", "no_such_thing"),
-    ("raise SystemExit(3)", "judge.py:half", "SystemExit"), ("\x00", "judge.py:half", "null"),
-    ("half = len", "none.py:half", "No such file"), ("half = len", "judge.py", "path.py:function"),
-    ("half = len", "judge.py:", "judge.py:"), ("", "", "")])
-def test_a_verifier_that_cannot_be_loaded_is_one_line(source, spec, why, tmp_path, monkeypatch):
-    (tmp_path / "judge.py").write_text(source)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="^cannot load the verifier") as e:
-        load_verifier(spec)
-    assert why in str(e.value) and repr(spec) in str(e.value) and "\n" not in str(e.value)
 
 
 # --------------------------------------------------------------------------------------------------

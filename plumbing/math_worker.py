@@ -1,0 +1,287 @@
+"""
+A process of its own that compares what is no plain number: quantities, and formulas by math-verify.
+
+    python -P plumbing/math_worker.py       reads [domain, predicted, answer, tolerance] as JSON
+
+sympy computes whatever a text asks for, and 9^9^9^9 asks for more than a computer has. So each
+comparison has a limit of processor time, at which the kernel ends this process, whatever it does
+just then; `rewards.ask_worker` starts another one. The end of its input ends it as well: no process
+is left behind, however the run ends.
+"""
+import json
+import logging
+import re
+import resource
+import signal
+import sys
+import unicodedata
+from decimal import Decimal
+
+SECONDS = 2.0             # of processor time, so that a busy machine makes no answer wrong
+MOST_MEMORY = 4 << 30     # bytes of address space
+LONGEST = 300             # characters of a formula
+DEEPEST = 12              # brackets in brackets
+
+# --------------------------------------------------------------------------------------------------
+# one spelling
+
+# Other ways to write a text: pattern, one spelling; in this order.
+SPELLINGS = (
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle)(?![a-zA-Z])", ""),
+    (r"(?<=\d)(?:\\[,!]|,\\!|\{,\}|[\u2009\u202f])(?=\d{3}(?!\d))", ","),         # 1{,}234, 1\,234
+    (r"(?<!\\)\\!", ""), (r"(?<!\\)\\[,;: ]|~(?= ?[a-zA-Z\\])", " "),               # LaTeX's spaces
+    (r"(?<!\\)\\([%$#&_])", r"\1"),
+    (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"), (r"\\(?:tfrac|dfrac|cfrac)", r"\\frac"),
+    (r" ?(?:per ?cent|pct)\b", "%"), (r"\\mu(?![a-zA-Z]) *|µ", "μ"), (r"\\Omega", "Ω"))
+LETTERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+LETTERS |= {ord(c): " " + unicodedata.normalize("NFKC", c).replace("⁄", "/") for c in "¼½¾⅓⅔⅕⅛"}
+
+
+def spelled(text):
+    """text in one spelling: "1\\,234" -> "1,234", "½" -> "1/2", "m²" -> "m^{2}"."""
+    for pattern, spelling in SPELLINGS:
+        text = re.sub(pattern, spelling, text)
+    return " ".join(text.translate(LETTERS).split())
+
+
+# --------------------------------------------------------------------------------------------------
+# quantities: a name, a number, a unit
+
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"                                   # 1,234
+UNSIGNED = rf"(?:{DIGITS}(?:\.\d*)?|\.\d+)"                                    # 1,234.5 or .5
+NUMBER = rf"[+-]? ?{UNSIGNED}"
+FRACTION = re.compile(rf"\\frac *\{{ *({NUMBER}) *\}} *\{{ *({NUMBER}) *\}}|\\frac *(\d) *(\d)")
+SCALES = {"%": "0.01", "hundred": "1e2", "dozen": "12", "thousand": "1e3", "lakh": "1e5",
+          "million": "1e6", "crore": "1e7", "billion": "1e9", "trillion": "1e12"}
+SCALE = "|".join(SCALES)
+SUFFIXES = {"k": "thousand", "K": "thousand", "M": "million", "mn": "million", "B": "billion",
+            "bn": "billion", "T": "trillion", "tn": "trillion"}                # in charts alone
+POWER = r"(?:e| ?(?:[x×*·]|\\times|\\cdot) ?10(?:\^|\*\*))(?P<power>[+-]?\d{1,4})"        # x 10^3
+VALUE = re.compile(
+    rf"(?P<sign>[+-]?) ?(?:(?P<whole>\d+) (?=\d+ ?/))?(?P<top>{UNSIGNED})(?:{POWER})?"
+    rf"(?: ?/ ?(?P<bottom>{NUMBER}))? ?(?P<scale>{SCALE})?", re.IGNORECASE)
+
+NO_UNIT = rf"(?:[eixyzπ]|pi|or|and|to|per|{SCALE})(?![^\W\d_])"                # not 2x, not "2 or"
+WORD = rf"(?!{NO_UNIT})[^\W\d_]{{1,20}}(?: ?\^ ?\{{?-?\d\}}?|\d)?"             # km, cm^2, s^{-1}
+JOINT = r"(?: ?(?:[/·*]|\\cdot) ?| per |\.? )"
+UNIT = re.compile(rf"(.*?(?:[\d)}}%.]|{SCALE}))( ?)({WORD}(?:{JOINT}{WORD}){{0,3}})\.?",
+                  re.IGNORECASE)
+
+# Units that may be left out: these, SI's, and plurals ("7 birds") that are no numbers.
+UNITS = set("""h hr min yr ft in mi lb oz sq mph kmh kph rpm fps px dB deg rad pp kWh unit old
+    square cubic people children men women feet inch degree dollar cent euro pound second minute hour
+    day week month year meter metre gram liter litre USD EUR GBP JPY CNY INR""".split())
+SI_UNIT = re.compile(r"[kcdmμnMGT]?(?:m|g|s|L|l|N|J|W|V|A|K|C|F|Pa|Hz|Ω|eV|mol|B)"
+                     r"|(?:kilo|centi|milli|micro)(?:met(?:er|re)|gram|lit(?:er|re)|second)")
+NUMERALS = (r"plus|minus|less|tens|ones|twos|perhaps|halves|thirds|quarters|dozens|hundreds"
+            r"|thousands|[a-z]+illions|(?!months\b)[a-z]+ths")
+PLURAL = re.compile(rf"(?!(?:{NUMERALS})\b)[a-z]{{3,}}(?<!s)s", re.IGNORECASE)
+
+
+def parts(text):
+    """("x", "3", "km") of "x = 3 km": the name, what it equals, and the unit; "" if it has none."""
+    text = " ".join(re.sub(r" *(?:\^ *\{? *\\circ *\}?|°)", " degree ", text).split())
+    name, unit = "", ""
+    if named := re.fullmatch(r"([a-zA-Z\\∠][^=<>+*/^-]{0,40})= ?([^=<>]*)", text):
+        name, text = named.groups()
+    if currency := re.match(r"([+-]?) ?([$€£¥₹])", text):
+        unit = currency[2]
+        text = currency[1] + text[currency.end():]
+    elif measured := UNIT.fullmatch(text):
+        # 3a is three times a. A word that is no unit must be the gold answer's word as well.
+        letters = measured[3].rstrip("^{}0123456789-")
+        if len(letters) > 2 or known(letters) and (measured[2] or len(letters) == 2):
+            text, unit = measured[1], measured[3]
+    return name.replace(" ", ""), text.strip(), unit
+
+
+def known(unit):
+    """True if every word is the name of a unit, its symbol, or a plural."""
+    for word in re.findall(r"[^\W\d_]+", unit):
+        if word not in ("per", "cdot") and word.removesuffix("s") not in UNITS:
+            if not (SI_UNIT.fullmatch(word) or PLURAL.fullmatch(word)):
+                return False
+    return True
+
+
+def same_unit(unit, other):
+    """True if the units are written alike, except for plurals, or if a known one is left out."""
+    if not unit or not other:
+        return known(unit or other)
+    spellings = set()
+    for text in (unit, other):
+        text = re.sub(r"[{}^ *·]|\\cdot", "", text)
+        spellings.add(text.casefold().rstrip("s") if len(text) >= 4 else text)    # mW is not MW
+    return len(spellings) == 1
+
+
+def number(text):
+    """The value of a text that is one number, as a `Decimal`; None if it is anything else."""
+    if bracketed := re.fullmatch(r"\((.*)\)", text):
+        text = bracketed[1]
+    text = FRACTION.sub(r" \1\3/\2\4", text)
+    text = re.sub(rf"(?<![\w}}])\{{ *({NUMBER}) *\}}", r"\1", text)               # {1}/{2}, 10^{3}
+    text = re.sub(r"^ *([+-]?) ?10(\^|\*\*)", r"\g<1>1*10^", text)                # 10^3 is 1*10^3
+    match = VALUE.fullmatch(" ".join(text.split()))
+    if match is None:
+        return None
+    bottom = decimal(match["bottom"] or "1")
+    if not bottom:
+        return None
+    value = decimal(match["top"]).scaleb(int(match["power"] or 0)) / bottom
+    value += decimal(match["whole"] or "0")
+    if match["scale"]:
+        value *= Decimal(SCALES[match["scale"].lower()])
+    return -value if match["sign"] == "-" else value
+
+
+def decimal(digits):
+    """1234.5 of "1,234.5"."""
+    return Decimal(re.sub("[ ,]", "", digits))
+
+
+# --------------------------------------------------------------------------------------------------
+# formulas
+
+# Other ways to write what math-verify reads: pattern, LaTeX; in this order.
+FUNCTION = "sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi"
+LATEX = (
+    (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"√\s*(\d+|\w)", r"\\sqrt{\1}"),
+    (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (rf"(?<![\\a-zA-Z])({FUNCTION})(?![a-zA-Z])", r"\\\1"),
+    (r"\*\*\s*\(([^()]*)\)", r"^{\1}"), (r"\*\*\s*(-?\w+)", r"^{\1}"),
+    (r"\^\s*\(([^()]*)\)", r"^{\1}"), (r"\^(-?\d\d+|-\d)", r"^{\1}"),
+    (r"∞|(?<![\\a-zA-Z])inf(?:inity)?(?![a-zA-Z])", r"\\infty "),
+    (r"(?<![\w)}])\+\s*\\infty", r"\\infty"),
+    (r"π", r"\\pi "), (r"θ", r"\\theta "), (r"α", r"\\alpha "), (r"β", r"\\beta "),
+    (r"×|∙", r"\\times "), (r"·|⋅", r"\\cdot "), (r"÷", r"\\div "), (r"±|\+/-", r"\\pm "),
+    (r"≤|⩽|<=|\\leqslant", r"\\leq "), (r"≥|⩾|>=|\\geqslant", r"\\geq "),
+    (r"≠|!=|\\ne(?![a-zA-Z])", r"\\neq "), (r"≈", r"\\approx "),
+    (r"∪", r"\\cup "), (r"∩", r"\\cap "), (r"∈", r"\\in "), (r"ℝ", r"\\mathbb{R}"),
+    (r"∅|\\varnothing", r"\\emptyset "), (r"\^\s*\{?\s*\\circ\s*\}?|°", r"^\\circ "),
+    (r"(?<=\d)_\{(\d+)\}", r"_\1"), (r"(?<!\\)%", r"\\%"),
+    (r"(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])", ","))             # several values are a list
+SYMBOLS = re.compile(r"[\x20-\x7e√∞πθαβ×∙·⋅÷±≤⩽≥⩾≠≈∪∩∈ℝ∅°]*")
+PROSE = re.compile(r"(?<!\\)(?<!\\begin\{)(?<!\\end\{)(?<![a-zA-Z])[a-zA-Z]{3,}")
+CHARACTERS = re.compile(r"[\w\s\\{}()\[\]+\-*/^=<>|,.;:!&'%]*", re.ASCII)
+TOO_LARGE = re.compile(r"\^\s*\{?\s*[-+]?\d{5,}|\^[\s{]*\d+\s*\^|\d{4,}[\s)}]*!|!\s*!|\d{100}")
+# math-verify takes "3 4" for their sum, "3 = 4" for 4, "--3" for 3.
+NO_TERM = re.compile(r"\d\s+\.?\d|[-+]\s*[-+]|(?:^|,)[^a-zA-Z\\=,]*=|=[^,;=]*=")
+BASE = re.compile(r"\d_\d")                                      # 204_5: 204 to the base 5
+
+
+def to_latex(text):
+    """text as LaTeX; "" if it is no formula, or a too large one. In prose math-verify would search
+    for a number."""
+    if len(text) > LONGEST or not SYMBOLS.fullmatch(text):
+        return ""
+    for pattern, latex in LATEX:
+        text = re.sub(pattern, latex, text)
+    depth = 0
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        if not 0 <= depth <= DEEPEST:
+            return ""
+    for refused in (PROSE, TOO_LARGE, NO_TERM):
+        if refused.search(text):
+            return ""
+    if depth or not CHARACTERS.fullmatch(text):
+        return ""
+    return text.strip()
+
+
+def same_formula(predicted, answer):
+    """True if math-verify finds two formulas equal. Raises ImportError if it is not installed."""
+    predicted, answer = to_latex(predicted), to_latex(answer)
+    if not predicted or not answer:
+        return False
+    if "".join(predicted.split()) == "".join(answer.split()):
+        return True
+    if BASE.search(predicted) or BASE.search(answer):            # math-verify drops the base
+        return False
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+    # It must not drop units: 5m is not 5, nor is 5 kg 5 m.
+    as_written = NormalizationConfig(basic_latex=True, malformed_operators=True, boxed="none")
+    form = [LatexExtractionConfig(normalization_config=as_written)]
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)                # SIGPROF ends the process
+    parsed = []
+    for text in (answer, predicted):
+        parsed.append(parse(f"${text}$", form, fallback_mode="no_fallback", parsing_timeout=None))
+    return all(parsed) and verify(*parsed, timeout_seconds=None)
+
+
+# --------------------------------------------------------------------------------------------------
+# the verdicts
+
+def same(predicted, answer, tolerance):
+    """For the domain math: the same value, formula or words (`rewards.verify_math`)."""
+    words = r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*[.]?"               # "Yes", "no solution"
+    if re.fullmatch(words, answer) and predicted.casefold() == answer.casefold():
+        return True
+    name, predicted, unit = parts(spelled(predicted))
+    gold_name, answer, gold_unit = parts(spelled(answer))
+    if not same_unit(unit, gold_unit) or (name and gold_name and name != gold_name):
+        return False
+    value, gold = number(predicted), number(answer)
+    if value is not None and gold is not None:
+        if value == value.to_integral() and gold == gold.to_integral():
+            return value == gold
+        return abs(value - gold) <= Decimal(tolerance) * abs(gold)
+    if value is not None or gold is not None:                    # 2^{10} may be one, 3x is none
+        formula = predicted if value is None else answer
+        rest = re.sub(rf"\\[a-zA-Z]+|{FUNCTION}|[eiπ]", "", formula)
+        if re.search(r"[^\W\d_]", rest):
+            return False
+    return same_formula(predicted, answer)
+
+
+def near(predicted, answer, tolerance):
+    """For the domain chart: numbers that are close (`rewards.verify_chart`)."""
+    values, units, percent = [], [], []
+    for text in (predicted, answer):
+        text = re.sub(rf"(?<=\d) ?({'|'.join(SUFFIXES)})\b", suffix, spelled(text))
+        _, text, unit = parts(text)
+        values.append(number(text.replace("%", "")))
+        units.append(unit)
+        percent.append("%" in text)
+    value, gold = values
+    if value is None or gold is None or not same_unit(*units):
+        return False
+    allowed = abs(gold) * Decimal(tolerance)
+    if abs(value - gold) <= allowed:                             # the % may be on the axis
+        return True
+    if percent == [True, False] and abs(gold) <= 1:              # 0.25 is 25%, but 45 is not 4500%
+        return abs(value - 100 * gold) <= 100 * allowed
+    if percent == [False, True] and abs(value) <= 1:
+        return abs(100 * value - gold) <= allowed
+    return False
+
+
+def suffix(match):
+    """The scale that a letter after a number stands for, in charts."""
+    return " " + SUFFIXES[match[1]]
+
+
+DOMAINS = {"math": same, "chart": near}
+
+
+def main():
+    replies, sys.stdout = sys.stdout, sys.stderr                 # what a library prints is no reply
+    logging.disable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                 # Ctrl-C ends the run, that ends us
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    for line in sys.stdin:
+        domain, *question = json.loads(line)
+        try:
+            reply = "right" if DOMAINS[domain](*question) else "wrong"
+        except ImportError as e:
+            reply = f"{e}; pip install -r requirements.txt"
+        except Exception:                                        # the libraries trip over the text
+            reply = "wrong"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(reply, file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
