@@ -7,6 +7,9 @@ rank and after a restart.
 import io
 import json
 import random
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,13 +23,15 @@ from curriculum import (
     balanced,
     expansion_ratio,
     has_signal,
-    simulate,
 )
 from rewards import score
 
 pytestmark = pytest.mark.method
 
 IDS = [f"clip-{i}" for i in range(6)]
+ROOT = Path(__file__).parent.parent
+learners = SimpleNamespace(**runpy.run_path(str(ROOT / "experiments" / "learners.py")))
+simulate, Still = learners.simulate, learners.Still
 
 
 def draws(curriculum, n, times):
