@@ -8,9 +8,9 @@ remedies, in the order of an RL step:
   oversampling     more questions are drawn, by a ratio that is known before anything is sampled
   balance          of the groups with signal, those nearest to half right are trained on
 
-The paper gives no numbers: not for the tiers, the merging of labels, the weights, the coefficient
-of the moving average, or a cap on the unbounded ratio. The numbers below are ours, and so is the
-rule of `update`. Left out: labels of human experts. Proportions of domains: plumbing/mixture.py.
+The paper gives no numbers: none for tiers, the merging of labels, weights, the coefficient of the
+moving average, or a cap on the unbounded ratio. Those below are ours, as is the rule of `update`.
+Left out: labels of human experts. Proportions of domains are in plumbing/mixture.py.
 
   python curriculum.py     a learner that jumps: estimates that stand still, and this rule's
 """
@@ -46,8 +46,7 @@ class Curriculum:
     """
 
     def __init__(self, ids, seed, grades=None, tiers=True, domains=None):
-        """grades: {id: (correct, total)} of answers before training; tiers=False: equal weights;
-        domains: {id: domain}."""
+        """grades: {id: (correct, total)}; tiers=False: equal weights; domains: {id: domain}"""
         self.ids = sorted(ids)
         self.seed = seed
         self.tiers = tiers
@@ -95,9 +94,8 @@ class Curriculum:
 
     def census(self):
         """-> [5] ids in use in each tier, [5] mean of p(1-p) there, 0 in an empty tier"""
-        unknown = len(self.ids) - len(self.recent)         # often nearly all; p is 0.5
-        unknown -= sum(id not in self.recent for id in self.dropped)
-        count = [0, 0, unknown, 0, 0]
+        unknown = len(self.ids) - len(self.recent) - sum(x not in self.recent for x in self.dropped)
+        count = [0, 0, unknown, 0, 0]                      # often nearly all are unknown; p is 0.5
         signal = [0.0, 0.0, unknown / 4, 0.0, 0.0]
         for id in islice(self.recent, 0, None, 1 + len(self.recent) // SAMPLE):
             if id not in self.dropped:
@@ -110,8 +108,8 @@ class Curriculum:
         """How often an id of each tier is drawn, relative to the others. -> [5], of sum 1
 
         In proportion to the mean of p(1-p), the variance of one answer: what such a group can
-        teach. At least FLOOR of the largest, so that a question that was too hard is tried again,
-        and a mastered one that is forgotten is noticed. An empty tier has the largest.
+        teach. At least FLOOR of the largest, so that what was too hard is tried again and what was
+        forgotten is noticed. An empty tier has the largest.
         """
         count, signal = self.census()
         floored = [max(s, FLOOR * max(signal)) if n else max(signal) for s, n in zip(signal, count)]
@@ -150,7 +148,9 @@ class Curriculum:
         waiting = []         # of these, the ids met again: their turn comes after this round
         while len(drawn) < n:
             if not self.queue:
-                self.refill()
+                self.queue = list(self.ids)
+                random.Random(f"{self.seed} epoch {self.epoch}").shuffle(self.queue)
+                self.epoch += 1
             id = self.queue.pop(0)
             if id in self.dropped or id in waiting:        # an id waits for one turn only
                 continue
@@ -166,11 +166,6 @@ class Curriculum:
         self.queue = waiting + self.queue
         return drawn
 
-    def refill(self):
-        self.queue = list(self.ids)
-        random.Random(f"{self.seed} epoch {self.epoch}").shuffle(self.queue)
-        self.epoch += 1
-
     def accepts(self, id, weights):
         """Whether an id that is met is drawn: always if its estimate is a guess, or else with a
         chance of its tier's weight / the largest."""
@@ -179,10 +174,7 @@ class Curriculum:
         return abs(self.moved(id)) > FAR or chance * max(weights) < weights[self.tier(id)]
 
     def peek(self, n):
-        """What draw(n) would return now, without drawing; [] if every id was dropped.
-
-        A guess, for reading ahead: a drop or an update before the draw may change some of it.
-        """
+        """What draw(n) would return if nothing is noted before it; [] if all are dropped."""
         if len(self.dropped) >= len(self.ids):
             return []
         ahead = copy.copy(self)
@@ -207,8 +199,7 @@ class Curriculum:
         if not total:                                      # a step without groups says nothing
             return False
         self.surplus = max(0.0, total - self.wanted)
-        ratio_now = expansion_ratio(1 - valid / total, cap)
-        self.ratio += (1 - SMOOTH) * (ratio_now - self.ratio)
+        self.ratio += (1 - SMOOTH) * (expansion_ratio(1 - valid / total, cap) - self.ratio)
         return valid * cap < total
 
     def state_dict(self):

@@ -355,8 +355,7 @@ def main(c):
             say(f"{field.name} = {getattr(c, field.name)}")
     samples, held_out, grades = load_questions(c, say)
     by_id = {sample.id: sample for sample in samples}
-    domains = {sample.id: sample.domain for sample in samples}
-    mixture = shares(c.mixture, domains.values())
+    mixture = shares(c.mixture, samples)
     cache = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write)
 
     sharded = c.fsdp and ranks.world > 1
@@ -385,7 +384,7 @@ def main(c):
         shard_parameters(run.model, ranks)
 
     if progress.done["rl"] < c.rl_steps:
-        curriculum = mixed(Curriculum, domains, mixture, f"{c.seed} rl", grades, c.tiers)
+        curriculum = mixed(Curriculum, samples, mixture, f"{c.seed} rl", grades, c.tiers)
         stage = Stage("rl", c.rl_steps, c.lr, curriculum, run, progress)
         gc.collect()                       # matplotlib's cycles hold the cold start's optimizer
         saved = progress.checkpoint or any(progress.done.values())

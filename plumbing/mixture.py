@@ -6,11 +6,10 @@ import math
 from collections import ChainMap
 
 
-def shares(text, domains):
+def shares(text, samples):
     """"count:2,open:1" -> {"count": 2.0, "open": 1.0}; {} for "".
 
-    domains: those of the data. Raises ValueError if they are not the ones that text names, or if a
-    share is not a positive number.
+    Raises ValueError if text does not name the domains of samples, or a share is not positive.
     """
     found = {}
     for part in filter(None, text.split(",")):
@@ -26,25 +25,26 @@ def shares(text, domains):
         if domain in found:
             raise ValueError(f"--mixture={text}: {domain!r} has two shares; give it one")
         found[domain] = found_share
-    have = sorted(set(domains))
+    have = sorted({sample.domain for sample in samples})
     if found and sorted(found) != have:
         raise ValueError(f"--mixture={text}: name each domain of the data once; they are "
                          f"{', '.join(have)}")
     return found
 
 
-def mixed(make, domains, shares, seed, grades, tiers):
-    """A curriculum over all questions or, if shares are given, over each domain's.
+def mixed(make, samples, shares, seed, grades, tiers):
+    """A curriculum over all samples or, if shares are given, over those of each domain.
 
-    make: `Curriculum`; domains: {id: domain}; shares: as `shares` gives them; rest: as make's.
+    make: `Curriculum`; shares: as `shares` returns them; rest: as make takes them.
     """
+    domains = {sample.id: sample.domain for sample in samples}
     if not shares:
         return make(list(domains), seed, grades, tiers, domains)
-    ids = {domain: [] for domain in shares}
-    for id, domain in domains.items():
-        ids[domain].append(id)
-    return Mixture({domain: make(ids[domain], f"{seed} {domain}", grades, tiers)
-                    for domain in shares}, shares)
+    parts = {}
+    for domain in shares:
+        ids = [id for id in domains if domains[id] == domain]
+        parts[domain] = make(ids, f"{seed} {domain}", grades, tiers)
+    return Mixture(parts, shares)
 
 
 class Mixture:
