@@ -29,7 +29,7 @@ PACE = 0.1                      # how far a group's surprise moves the other est
 FAR = 2.0                       # an estimate that was moved further than this is a guess
 FLOOR = 0.1                     # smallest weight of a tier, as a share of the largest
 SMOOTH = 0.9                    # coefficient of the ratio's moving average: about ten steps
-SAMPLE = 5000                   # of very many known questions so many stand for all
+SAMPLE = 2000                   # of very many known questions so many stand for all
 SAVED = ("epoch", "queue", "met", "dropped", "recent", "ratio")     # in a checkpoint
 LATER = ("levels", "noted_at", "surplus")      # likewise, unless empty; older checkpoints lack them
 
@@ -161,9 +161,9 @@ class Curriculum:
                 this_round.add(id)
             if len(this_round) == usable:
                 this_round = set()
-                self.queue = waiting + self.queue
+                self.queue[:0] = waiting
                 waiting = []
-        self.queue = waiting + self.queue
+        self.queue[:0] = waiting
         return drawn
 
     def accepts(self, id, weights):
