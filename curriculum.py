@@ -26,7 +26,6 @@ CUTS = [0.1, 0.35, 0.65, 0.9]   # pass rates between the five tiers
 PRIOR = 0.5                     # right and wrong answers that every question starts with
 DECAY = 0.7                     # factor on earlier answers at each visit: a tenth is left after 6
 PACE = 0.1                      # how far a group's surprise moves the other estimates, in log-odds
-FAR = 2.0                       # an estimate that was moved further than this is a guess
 FLOOR = 0.1                     # smallest weight of a tier, as a share of the largest
 SMOOTH = 0.9                    # coefficient of the ratio's moving average: about ten steps
 SAMPLE = 2000                   # of very many known questions so many stand for all
@@ -73,18 +72,16 @@ class Curriculum:
         Offline grades count like answers of an earlier visit. Graded 2 of 8: 2.5 / 9 = 0.28. Then
         a visit with 8 of 8 right: (0.5 + 0.7 * 2 + 8) / (1 + 0.7 * 8 + 8) = 0.68.
         """
-        correct, total = self.recent.get(id, (0.0, 0.0))
+        if id not in self.recent:
+            return 0.5
+        correct, total = self.recent[id]
         right, wrong = PRIOR + correct, PRIOR + total - correct
-        right *= math.exp(self.moved(id))                  # odds are right / wrong
+        moved = self.level(id) - self.noted_at.get(id, 0.0)
+        right *= math.exp(min(moved, 30.0))                # odds are right / wrong
         return right / (right + wrong)
 
-    def moved(self, id):
-        """How far the estimate was moved since the id's answers were noted, in log-odds."""
-        if id not in self.recent:
-            return 0.0
-        return self.level(id) - self.noted_at.get(id, 0.0)
-
     def level(self, id):
+        """How far `update` moved the estimates of the id's domain, in log-odds."""
         return self.levels.get("", 0.0) + self.levels.get(self.domains.get(id, "any"), 0.0)
 
     def tier(self, id):
@@ -167,11 +164,13 @@ class Curriculum:
         return drawn
 
     def accepts(self, id, weights):
-        """Whether an id that is met is drawn: always if its estimate is a guess, or else with a
-        chance of its tier's weight / the largest."""
+        """Whether an id that is met is drawn: with a chance of its tier's weight / the largest, but
+        always if its estimate contradicts its own answers: it was moved, and is a guess."""
         self.met += 1
         chance = random.Random(f"{self.seed} met {self.met}").random()
-        return abs(self.moved(id)) > FAR or chance * max(weights) < weights[self.tier(id)]
+        correct, total = self.recent.get(id, (0.0, 0.0))
+        guess = (correct - total / 2) * (self.rate(id) - 0.5) < 0
+        return guess or chance * max(weights) < weights[self.tier(id)]
 
     def peek(self, n):
         """What draw(n) would return if nothing is noted before it; [] if all are dropped."""

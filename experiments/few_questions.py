@@ -31,8 +31,8 @@ from plumbing.ranks import run_command  # noqa: E402
 
 SEEDS = range(8)
 RULES = ("uniform", "still", "follows")
-RL = ("--sft_steps=0 --rl_steps=20 --prompts_per_step=16 --eval_every=20 --eval_samples=192 "
-      "--show_every=0 --save_every=1000 --oversample_cap=1")
+RL = ("--sft_steps=0 --rl_steps=20 --prompts_per_step=16 --eval_every=0 --show_every=0 "
+      "--save_every=1000 --oversample_cap=1")
 # 97.5% quantiles of Student's t, by degrees of freedom.
 T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 

@@ -22,7 +22,6 @@ import torch
 from curriculum import (
     CUTS,
     DECAY,
-    FAR,
     FLOOR,
     SAMPLE,
     Curriculum,
@@ -350,18 +349,41 @@ def test_estimates_follow_a_learner_that_moves(learner, signal, error):
 
 
 def test_an_estimate_that_is_a_guess_is_checked():
-    """A question of the rarest tier that was moved far comes with the next epoch; once it was
-    asked, it is as rare as before."""
+    """A question that was mostly wrong, or mostly right, and was moved past a half comes in every
+    epoch until it is asked, though its tier is rare. One that is as it was stays rare."""
     ids = [f"q{i}" for i in range(200)]
-    c = Curriculum(ids, 0, {id: (8, 8) if id == "q0" else (4, 8) for id in ids})
-    epochs = [c.draw(150) for _ in range(12)]
-    assert sum("q0" in drawn for drawn in epochs) < 9
-    c.levels = {"": FAR + 0.1}
-    c.noted_at = {id: FAR + 0.1 for id in ids[1:]}
-    assert c.tier("q0") == 4 and c.moved("q0") > FAR
-    assert "q0" in c.draw(150) + c.draw(100)
-    c.update("q0", 8, 8)
-    assert c.moved("q0") == 0
+    for correct, level, tier in ((2, 4.0, 4), (6, -4.0, 0)):
+        grades = {id: (4, 8) for id in ids} | {"q0": (correct, 8), "q1": (2 * tier, 8)}
+        c = Curriculum(ids, 0, grades)
+        c.levels = {"": level}
+        c.noted_at = dict.fromkeys(ids[1:], level)
+        assert c.tier("q0") == c.tier("q1") == tier and c.weights()[tier] < 0.5 * max(c.weights())
+        drawn = sum((c.draw(50) for _ in range(80)), [])   # 20 epochs
+        assert 19 <= drawn.count("q0") <= 21 and drawn.count("q1") < 12
+        for _ in range(3):
+            c.update("q0", 2 * tier, 8)
+        drawn = sum((c.draw(50) for _ in range(80)), [])
+        assert drawn.count("q0") < 12
+
+
+def test_a_long_run_of_right_answers_breaks_nothing():
+    """Each is a small surprise: in a million visits the levels rise by hundreds. A question that
+    nobody asked since then was an overflow."""
+    c = Curriculum(IDS, 0, {IDS[0]: (4, 8), IDS[1]: (4, 8)})
+    for level in (1e4, -1e4):
+        c.levels = {"": level}
+        assert 0 <= c.rate(IDS[0]) <= 1 and c.tier(IDS[0]) == (4 if level > 0 else 0)
+        assert IDS[0] in c.draw(6)
+        c.update(IDS[0], 4, 8)
+        assert 0.3 < c.rate(IDS[0]) < 0.7
+        c.noted_at[IDS[0]] = 0.0
+    c = Curriculum(IDS, 0, {id: (8, 8) for id in IDS})
+    for i in range(3000):
+        c.update(IDS[i % 5], 8, 8)
+    assert all(0.9 < c.rate(id) < 1 for id in IDS[:5])
+    for _ in range(6):
+        c.update(IDS[0], 0, 8)
+    assert c.rate(IDS[0]) < 0.2
 
 
 def test_python_curriculum_shows_both_rules_side_by_side():
