@@ -58,8 +58,8 @@ class Curriculum:
         self.levels = {}     # "" (all questions) or domain -> how far its estimates were moved
         self.noted_at = {}   # id -> the sum of its two levels when its answers were noted
         self.ratio = 1.0     # prompts drawn per group wanted, averaged over the steps
-        self.wanted = math.inf     # prompts that a step needs; it draws some more: a multiple
-        self.surplus = 0.0         # these, of the step before
+        self.wanted = math.inf     # prompts that the step needs
+        self.surplus = 0.0         # prompts that the step before drew beyond that
         for id in self.ids:
             if grades and id in grades:
                 self.recent[id] = [float(x) for x in grades[id]]

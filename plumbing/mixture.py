@@ -74,7 +74,7 @@ class Mixture:
             raise ValueError("no sample is left to draw: every one was dropped")
         turns = []
         for _ in range(n):
-            domain = min(usable, key=lambda domain: (drawn[domain] + 1) / self.shares[domain])
+            domain = min(usable, key=lambda domain: (drawn[domain] + 0.5) / self.shares[domain])
             drawn[domain] += 1
             turns.append(domain)
         return turns, drawn

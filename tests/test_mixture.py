@@ -82,6 +82,21 @@ def test_the_shares_are_kept_in_any_thousand_draws(text):
 
 
 @pytest.mark.method
+def test_small_shares_are_kept_from_the_start():
+    """Twenty domains of one percent and one of eighty: in fifty draws ten are of the small ones."""
+    samples = [SimpleNamespace(id=f"{domain}-{i}", domain=domain)
+               for domain in ["large", *(f"d{i}" for i in range(20))] for i in range(9)]
+    wanted = {domain: 0.01 for domain in {sample.domain for sample in samples}} | {"large": 0.8}
+    curriculum = mixed(Curriculum, samples, wanted, "0", None, True)
+    count = Counter()
+    for step in range(1, 101):
+        count.update(id.split("-")[0] for id in curriculum.draw(10))
+        for domain, share in wanted.items():
+            assert abs(count[domain] - share * 10 * step) <= (11 if domain == "large" else 1)
+    assert abs(count["large"] - 800) <= 1
+
+
+@pytest.mark.method
 def test_each_domain_has_tiers():
     """Of each domain, questions that are half right are drawn more often than mastered ones."""
     grades = {id: ((4, 8)[i % 2], 8) for i, id in enumerate(DOMAIN)}
