@@ -12,6 +12,7 @@ is made again; its output is in out-few/NAME-SEED.log.
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -71,6 +72,7 @@ def call(out, name, seed, *command):
     done, log = out / f"{name}-{seed}.done", out / f"{name}-{seed}.log"
     if done.exists():
         return
+    shutil.rmtree(out / f"{name}-{seed}", ignore_errors=True)
     one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "w") as f:
         where = f"--out_dir={out}/{name}-{seed}"
