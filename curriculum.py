@@ -8,23 +8,29 @@ remedies, in the order of an RL step:
   oversampling     more questions are drawn, by a ratio that is known before anything is sampled
   balance          of the groups with signal, those nearest to half right are trained on
 
-The paper gives no numbers: not for the tiers, the merging of labels, the weights, the coefficient
-of the moving average, or a cap on the unbounded ratio. The numbers below are ours. Left out: the
-labels of human experts, and a sampling ratio per domain.
+The paper gives no numbers: none for tiers, the merging of labels, weights, the coefficient of the
+moving average, or a cap on the unbounded ratio. Those below are ours, as is the rule of `update`.
+Left out: labels of human experts. Proportions of domains are in plumbing/mixture.py.
 
-  python curriculum.py     a simulated learner, and how the tiers move
+  python curriculum.py     a learner that jumps: estimates that stand still, and this rule's
 """
 import copy
 import math
 import random
+import runpy
 from bisect import bisect_left, bisect_right
+from itertools import islice
+from pathlib import Path
 
 CUTS = [0.1, 0.35, 0.65, 0.9]   # pass rates between the five tiers
 PRIOR = 0.5                     # right and wrong answers that every question starts with
 DECAY = 0.7                     # factor on earlier answers at each visit: a tenth is left after 6
+PACE = 0.1                      # how far a group's surprise moves the other estimates, in log-odds
 FLOOR = 0.1                     # smallest weight of a tier, as a share of the largest
 SMOOTH = 0.9                    # coefficient of the ratio's moving average: about ten steps
+SAMPLE = 2000                   # of very many known questions so many stand for all
 SAVED = ("epoch", "queue", "met", "dropped", "recent", "ratio")     # in a checkpoint
+LATER = ("levels", "noted_at", "surplus")      # likewise, unless empty; older checkpoints lack them
 
 
 class Curriculum:
@@ -33,21 +39,27 @@ class Curriculum:
     Draws walk through all ids in a shuffled order, epoch after epoch, and pass over an id with a
     probability that depends on its tier: no question is drawn again before the others had a
     chance. With equal weights (nothing is known yet, or tiers=False) every id comes once per epoch.
+    A draw of nearly all ids has no choice: none comes twice in it, so the tiers hardly matter.
     Draws depend only on the seed, the place in the walk and the results noted so far: they are
     equal on all ranks, and after a restart.
     """
 
-    def __init__(self, ids, seed, grades=None, tiers=True):
-        """grades: {id: (correct, total)} of answers before training; tiers=False: equal weights."""
+    def __init__(self, ids, seed, grades=None, tiers=True, domains=None):
+        """grades: {id: (correct, total)}; tiers=False: equal weights; domains: {id: domain}"""
         self.ids = sorted(ids)
         self.seed = seed
         self.tiers = tiers
+        self.domains = domains or {}
         self.epoch = 0       # epochs begun
         self.queue = []      # ids that are still to come, in order
         self.met = 0         # ids drawn or passed over so far; seeds the next accept/skip draw
         self.dropped = {}    # id -> why it cannot be used
         self.recent = {}     # id -> [sum of accuracies, completions], earlier ones decayed
+        self.levels = {}     # "" (all questions) or domain -> how far its estimates were moved
+        self.noted_at = {}   # id -> the sum of its two levels when its answers were noted
         self.ratio = 1.0     # prompts drawn per group wanted, averaged over the steps
+        self.wanted = math.inf     # prompts that the step needs
+        self.surplus = 0.0         # prompts that the step before drew beyond that
         for id in self.ids:
             if grades and id in grades:
                 self.recent[id] = [float(x) for x in grades[id]]
@@ -60,8 +72,17 @@ class Curriculum:
         Offline grades count like answers of an earlier visit. Graded 2 of 8: 2.5 / 9 = 0.28. Then
         a visit with 8 of 8 right: (0.5 + 0.7 * 2 + 8) / (1 + 0.7 * 8 + 8) = 0.68.
         """
-        correct, total = self.recent.get(id, (0.0, 0.0))
-        return (PRIOR + correct) / (2 * PRIOR + total)
+        if id not in self.recent:
+            return 0.5
+        correct, total = self.recent[id]
+        right, wrong = PRIOR + correct, PRIOR + total - correct
+        moved = self.level(id) - self.noted_at.get(id, 0.0)
+        right *= math.exp(min(moved, 30.0))                # odds are right / wrong
+        return right / (right + wrong)
+
+    def level(self, id):
+        """How far `update` moved the estimates of the id's domain, in log-odds."""
+        return self.levels.get("", 0.0) + self.levels.get(self.domains.get(id, "any"), 0.0)
 
     def tier(self, id):
         """0 (hardly ever right) to 4 (nearly always); a rate on a cut is in the outer tier."""
@@ -70,33 +91,46 @@ class Curriculum:
 
     def census(self):
         """-> [5] ids in use in each tier, [5] mean of p(1-p) there, 0 in an empty tier"""
-        known = [id for id in self.recent if id not in self.dropped]
-        unknown = len(self.ids) - len(self.dropped.keys() | known)   # often nearly all; p is 0.5
-        count = [0, 0, unknown, 0, 0]
+        unknown = len(self.ids) - len(self.recent) - sum(x not in self.recent for x in self.dropped)
+        count = [0, 0, unknown, 0, 0]                      # often nearly all are unknown; p is 0.5
         signal = [0.0, 0.0, unknown / 4, 0.0, 0.0]
-        for id in known:
-            p, tier = self.rate(id), self.tier(id)
-            count[tier] += 1
-            signal[tier] += p * (1 - p)
+        for id in islice(self.recent, 0, None, 1 + len(self.recent) // SAMPLE):
+            if id not in self.dropped:
+                p, tier = self.rate(id), self.tier(id)
+                count[tier] += 1
+                signal[tier] += p * (1 - p)
         return count, [s / max(1, n) for s, n in zip(signal, count)]
 
     def weights(self):
         """How often an id of each tier is drawn, relative to the others. -> [5], of sum 1
 
         In proportion to the mean of p(1-p), the variance of one answer: what such a group can
-        teach. At least FLOOR of the largest, so that a question that was too hard is tried again,
-        and a mastered one that is forgotten is noticed.
+        teach. At least FLOOR of the largest, so that what was too hard is tried again and what was
+        forgotten is noticed. An empty tier has the largest.
         """
-        _, signal = self.census()
-        floored = [max(s, FLOOR * max(signal)) for s in signal]
+        count, signal = self.census()
+        floored = [max(s, FLOOR * max(signal)) if n else max(signal) for s, n in zip(signal, count)]
         if not self.tiers or not sum(floored):
             return [1 / 5] * 5
         return [w / sum(floored) for w in floored]
 
     def update(self, id, correct, total):
-        """Note a group's result: `total` completions; correct is the sum of their accuracies."""
-        correct_before, total_before = self.recent.get(id, (0.0, 0.0))
+        """Note a group's result: `total` completions; correct is the sum of their accuracies.
+
+        Training on some questions changes the answers to all. Estimates that stand still go stale,
+        longest those of hard questions, which are asked least. So a group that does better than
+        estimated raises two levels, as in Elo's rating of chess players: one of all questions and
+        one of its domain. The estimates of all others move with them, in log-odds. Ten groups that
+        do better by 0.5: 2 levels * 10 * 0.1 * 0.5 = 1, from 0.27 to 0.5.
+        """
+        estimate, total_before = self.rate(id), self.recent.get(id, (0.0, 0.0))[1]
+        correct_before = estimate * (2 * PRIOR + total_before) - PRIOR     # as if answered now
+        if id in self.recent:
+            for name in ("", self.domains.get(id, "any")):
+                rise = PACE * (correct / total - estimate)
+                self.levels[name] = self.levels.get(name, 0.0) + rise
         self.recent[id] = [correct_before * DECAY + correct, total_before * DECAY + total]
+        self.noted_at[id] = self.level(id)
 
     # ----- which questions are drawn next?
 
@@ -106,45 +140,40 @@ class Curriculum:
         if not usable:
             raise ValueError("no sample is left to draw: every one was dropped")
         weights = self.weights()
-        count, _ = self.census()
-        largest = max(weight for weight, ids in zip(weights, count) if ids)
         drawn = []
         this_round = set()   # ids drawn since all usable ones were drawn
         waiting = []         # of these, the ids met again: their turn comes after this round
         while len(drawn) < n:
             if not self.queue:
-                self.refill()
+                self.queue = list(self.ids)
+                random.Random(f"{self.seed} epoch {self.epoch}").shuffle(self.queue)
+                self.epoch += 1
             id = self.queue.pop(0)
             if id in self.dropped or id in waiting:        # an id waits for one turn only
                 continue
             if id in this_round:                           # drawn at the end of the last epoch
                 waiting.append(id)
-            elif self.accepts(id, weights, largest):
+            elif self.accepts(id, weights):
                 drawn.append(id)
                 this_round.add(id)
             if len(this_round) == usable:
                 this_round = set()
-                self.queue = waiting + self.queue
+                self.queue[:0] = waiting
                 waiting = []
-        self.queue = waiting + self.queue
+        self.queue[:0] = waiting
         return drawn
 
-    def refill(self):
-        self.queue = list(self.ids)
-        random.Random(f"{self.seed} epoch {self.epoch}").shuffle(self.queue)
-        self.epoch += 1
-
-    def accepts(self, id, weights, largest):
-        """Whether an id that is met is drawn: with a chance of its tier's weight / the largest."""
+    def accepts(self, id, weights):
+        """Whether an id that is met is drawn: with a chance of its tier's weight / the largest, but
+        always if its estimate contradicts its own answers: it was moved, and is a guess."""
         self.met += 1
         chance = random.Random(f"{self.seed} met {self.met}").random()
-        return chance * largest < weights[self.tier(id)]
+        correct, total = self.recent.get(id, (0.0, 0.0))
+        guess = (correct - total / 2) * (self.rate(id) - 0.5) < 0
+        return guess or chance * max(weights) < weights[self.tier(id)]
 
     def peek(self, n):
-        """What draw(n) would return now, without drawing; [] if every id was dropped.
-
-        A guess, for reading ahead: a drop or an update before the draw may change some of it.
-        """
+        """What draw(n) would return if nothing is noted before it; [] if all are dropped."""
         if len(self.dropped) >= len(self.ids):
             return []
         ahead = copy.copy(self)
@@ -158,25 +187,26 @@ class Curriculum:
     # ----- how many questions are drawn?
 
     def expanded(self, n, multiple=1):
-        """How many prompts to draw so that about n groups have signal, rounded up to a multiple."""
-        # The average falls towards 1 but never reaches it: without 0.01 ceil would draw one prompt
-        # too many for ever.
-        prompts = n * self.ratio - 0.01
-        return math.ceil(prompts / multiple) * multiple
+        """How many prompts to draw so that about n groups have signal, rounded up to a multiple.
+        What that adds is subtracted at the next step, or where 2 are wanted 4 would be drawn."""
+        self.wanted = max(0.0, n * self.ratio - self.surplus)
+        # The average never quite falls to 1: without 0.01 ceil would draw one too many for ever.
+        return max(1, math.ceil((self.wanted - 0.01) / multiple)) * multiple
 
     def note_valid(self, valid, total, cap=8.0):
         """Adapt the ratio: of a step's `total` groups, `valid` had signal. -> True if capped"""
         if not total:                                      # a step without groups says nothing
             return False
-        ratio_now = expansion_ratio(1 - valid / total, cap)
-        self.ratio += (1 - SMOOTH) * (ratio_now - self.ratio)
+        self.surplus = max(0.0, total - self.wanted)
+        self.ratio += (1 - SMOOTH) * (expansion_ratio(1 - valid / total, cap) - self.ratio)
         return valid * cap < total
 
     def state_dict(self):
-        return {key: copy.copy(getattr(self, key)) for key in SAVED}
+        later = [key for key in LATER if getattr(self, key)]
+        return {key: copy.copy(getattr(self, key)) for key in (*SAVED, *later)}
 
     def load_state_dict(self, state):
-        for key in SAVED:                                  # older checkpoints have more keys
+        for key in state.keys() & {*SAVED, *LATER}:        # older checkpoints have other keys
             setattr(self, key, copy.copy(state[key]))
 
 
@@ -201,41 +231,10 @@ def balanced(accuracies, n):
     distance = {}
     for slot, group in accuracies.items():
         if has_signal(group):
-            distance[slot] = abs(sum(group) / len(group) - 0.5)
+            distance[slot] = round(abs(math.fsum(group) / len(group) - 0.5), 9)    # 4/6 is as 2/6
     nearest = sorted(distance, key=lambda slot: (distance[slot], slot))
     return sorted(nearest[:n])
 
 
-def simulate(steps=200, ids=400, n=32, group=8, rlcs=True, seed=0):
-    """A learner whose skill grows with every group it learns from, on questions easy to hard.
-    Yields (curriculum, prompts drawn, groups with signal, groups kept, {id: pass rate}) per step.
-    """
-    difficulty = {f"q{i}": -4 + 8 * i / ids for i in range(ids)}
-    rng = random.Random(seed)
-    skill = -2.0
-    curriculum = Curriculum(difficulty, seed, tiers=rlcs)
-    for _ in range(steps):
-        true = {id: 1 / (1 + math.exp(2 * (d - skill))) for id, d in difficulty.items()}
-        drawn = curriculum.draw(curriculum.expanded(n))
-        groups = {}
-        for slot, id in enumerate(drawn):
-            groups[slot] = [float(rng.random() < true[id]) for _ in range(group)]
-            curriculum.update(id, sum(groups[slot]), group)
-        valid = sum(map(has_signal, groups.values()))
-        curriculum.note_valid(valid, len(groups), cap=8.0 if rlcs else 1.0)
-        kept = balanced(groups, n)
-        skill += 0.001 * len(kept)
-        yield curriculum, len(drawn), valid, len(kept), true
-
-
 if __name__ == "__main__":
-    print("32 groups wanted per step, from 400 questions; "
-          "the learner's skill grows with every group it learns from\n"
-          "        questions in each tier, hard to easy    asked  with signal  kept"
-          "    uniform: asked  with signal")
-    for step, runs in enumerate(zip(simulate(), simulate(rlcs=False)), 1):
-        if step == 1 or step % 25 == 0:
-            (curriculum, asked, valid, kept, _), (_, asked_plain, valid_plain, _, _) = runs
-            tiers = " ".join(f"{count:6d}" for count in curriculum.census()[0])
-            print(f"step {step:3d}  {tiers}  {asked:9d} {valid / asked:11.0%} {kept:6d}"
-                  f" {asked_plain:17d} {valid_plain / asked_plain:11.0%}")
+    runpy.run_path(str(Path(__file__).parent / "experiments" / "learners.py"), run_name="__main__")

@@ -33,6 +33,7 @@ from plumbing.fetching import fetch_in_rounds, fetch_own, keep
 from plumbing.grades import read_grades
 from plumbing.judges import grade
 from plumbing.metrics import Clock, Meter, mean
+from plumbing.mixture import mixed, shares
 from plumbing.optimizer import falling, update, warmed_up
 from plumbing.ranks import (
     deal_groups,
@@ -86,6 +87,7 @@ class Config:
     group_size: int = 8            # G, completions per group
     oversample_cap: float = 8.0    # draw up to this many times prompts_per_step; 1: no oversampling
     tiers: bool = True             # draw questions that are half right more often than others
+    mixture: str = ""              # "count:2,open:1": draw domains in these proportions
     grades: str = ""               # a grades.jsonl: how hard each question is before training
     updates_per_rollout: int = 2   # updates per RL step, on disjoint groups; 1: the clip never acts
     think_budget: int = 96         # tokens; then </think><answer> is forced; 0: no thinking at all
@@ -356,6 +358,7 @@ def main(c):
             say(f"{field.name} = {getattr(c, field.name)}")
     samples, held_out, grades = load_questions(c, say)
     by_id = {sample.id: sample for sample in samples}
+    mixture = shares(c.mixture, samples)
     cache = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write)
 
     sharded = c.fsdp and ranks.world > 1
@@ -385,7 +388,7 @@ def main(c):
         shard_parameters(run.model, ranks)
 
     if progress.done["rl"] < c.rl_steps:
-        curriculum = Curriculum(list(by_id), f"{c.seed} rl", grades, c.tiers)
+        curriculum = mixed(Curriculum, samples, mixture, f"{c.seed} rl", grades, c.tiers)
         stage = Stage("rl", c.rl_steps, c.lr, curriculum, run, progress)
         gc.collect()                       # matplotlib's cycles hold the cold start's optimizer
         saved = progress.checkpoint or any(progress.done.values())

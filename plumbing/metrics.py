@@ -145,6 +145,8 @@ def summary(facts, drawn, meter, clock):
         record[f"length_{domain}"] = mean([row["length"] for row in rows])
         # Near 1, a verifier is fooled by one answer to everything.
         record[f"same_answer_{domain}"] = max(answers.values(), default=0) / len(rows)
+    for domain, count in sorted(Counter(sample.domain for sample in drawn).items()):
+        record[f"drawn_{domain}"] = count / len(drawn)
     for phase, seconds in clock.seconds.items():
         record[f"{phase}_s"] = round(seconds, 4)
     return record

@@ -306,11 +306,13 @@ def test_a_step_all_of_whose_videos_are_bad_is_empty_and_the_run_goes_on(run, tm
 
 def test_as_many_more_are_asked_as_the_last_steps_say(run):
     """The logged ratio is the average, as the invalid rates of the steps before set it, of an even
-    number of prompts."""
-    ratio, n = 1.0, SMALL["prompts_per_step"]
+    number of prompts. What rounding up adds at one step is subtracted at the next."""
+    ratio, surplus, n = 1.0, 0.0, SMALL["prompts_per_step"]
     rows = metrics(run.dir, "rl")
     for row in rows:
-        assert row["oversample"] == 2 * math.ceil((n * ratio - 0.01) / 2) / n
+        wanted = n * ratio - surplus
+        assert row["oversample"] == 2 * math.ceil((wanted - 0.01) / 2) / n
+        surplus = max(0.0, n * row["oversample"] - wanted)
         signal = (1 - row["invalid_rate"]) * n * row["oversample"]
         assert row["valid_groups"] <= round(signal)
         ratio += 0.1 * (min(8, 1 / max(1e-9, 1 - row["invalid_rate"])) - ratio)
