@@ -10,7 +10,6 @@ then RL (its own answers are verified, and what was right is reinforced). Before
 initialised model learns to see. Started again with the same out_dir, a run resumes.
 """
 import gc
-import math
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -49,6 +48,7 @@ from plumbing.resume import newest, try_saving
 from plumbing.sharding import check_heads, recompute_layers, shard_parameters
 from plumbing.stages import Progress, Stage
 from plumbing.store import Ahead
+from plumbing.streams import completion_keys
 from plumbing.vllm_engine import engine_of, import_vllm
 from rollout import budgets, rollout, room
 
@@ -131,7 +131,7 @@ def reinforce(run, stage, by_id, held_out):
 
         # 1. Draw. More questions than we train on, since some groups will teach nothing: how many
         #    more, the last steps tell (RLCS). Question i of all belongs to dp group i % dp.
-        asked = curriculum.expanded(c.prompts_per_step, draw_multiple(c, ranks))
+        asked = curriculum.expanded(c.prompts_per_step, batches.draw_multiple(c, ranks))
         drawn = [by_id[id] for id in curriculum.draw(asked)]
 
         # 2. Encode. A video's frames are split over the sp ranks, encoded once, gathered and kept:
@@ -209,14 +209,6 @@ def reinforce(run, stage, by_id, held_out):
         stage.save_if_due(step)
 
 
-def draw_multiple(c, ranks):
-    """The number of questions drawn is rounded up to a multiple of this: of dp, so that every dp
-    group gets equally many, and of 2 if prompts_per_step is even, so that runs with dp = 1 and
-    dp = 2 draw the same questions."""
-    even = 2 if c.prompts_per_step % 2 == 0 else 1
-    return math.lcm(even, ranks.dp)
-
-
 def encode_questions(run, stage, drawn):
     """Those of a step's questions that are this dp group's, as `Group`s that have a prompt."""
     c, ranks = run.config, run.ranks
@@ -227,17 +219,6 @@ def encode_questions(run, stage, drawn):
     prompts = [(sample, prompt) for sample, prompt in prompts if sample.id not in dropped]
     stage.drop(merged(dropped, ranks))
     return [Group(slot, sample, prompt) for slot, (sample, prompt) in zip(slots, prompts)]
-
-
-def completion_keys(c, step, groups, drawn):
-    """The key of each completion's random numbers. A question that is drawn twice in a step gets
-    other numbers the second time. -> a list of G keys for each group"""
-    keys = []
-    for group in groups:
-        id = group.sample.id
-        before = sum(sample.id == id for sample in drawn[:group.slot])
-        keys.append([(c.seed, step, id, before * c.group_size + n) for n in range(c.group_size)])
-    return keys
 
 
 def verify(run, groups, completions):

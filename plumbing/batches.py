@@ -2,6 +2,7 @@
 Who works on what: micro-batches (the groups of an update, cut into forwards with a bounded number
 of tokens), and the completions that each rank samples.
 """
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -170,3 +171,11 @@ def own_shares(prompts, G, ranks, prefill_is_shared):
             if lo < hi:
                 shares.append((i, lo, hi))
     return shares
+
+
+def draw_multiple(c, ranks):
+    """The number of questions drawn is rounded up to a multiple of this: of dp, so that every dp
+    group gets equally many, and of 2 if prompts_per_step is even, so that runs with dp = 1 and
+    dp = 2 draw the same questions."""
+    even = 2 if c.prompts_per_step % 2 == 0 else 1
+    return math.lcm(even, ranks.dp)

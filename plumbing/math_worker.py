@@ -69,8 +69,8 @@ UNIT = re.compile(rf"(.*?(?:[\d)}}%.]|{SCALE}))( ?)({WORD}(?:{JOINT}{WORD}){{0,3
 
 # Units that may be left out: these, SI's, and plurals ("7 birds") that are no numbers.
 UNITS = set("""h hr min yr ft in mi lb oz sq mph kmh kph rpm fps px dB deg rad pp kWh unit old
-    square cubic people children men women feet inch degree dollar cent euro pound second minute hour
-    day week month year meter metre gram liter litre USD EUR GBP JPY CNY INR""".split())
+    square cubic people children men women feet inch degree dollar cent euro pound second minute
+    hour day week month year meter metre gram liter litre USD EUR GBP JPY CNY INR""".split())
 SI_UNIT = re.compile(r"[kcdmμnMGT]?(?:m|g|s|L|l|N|J|W|V|A|K|C|F|Pa|Hz|Ω|eV|mol|B)"
                      r"|(?:kilo|centi|milli|micro)(?:met(?:er|re)|gram|lit(?:er|re)|second)")
 NUMERALS = (r"plus|minus|less|tens|ones|twos|perhaps|halves|thirds|quarters|dozens|hundreds"
