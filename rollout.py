@@ -323,7 +323,7 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=Fal
     prefill_ranks = ranks if stage2 and engine is None else ALONE
     groups = [[] for _ in prompts]
     for places, fetched in fetch(prompts):
-        shares = own_shares(fetched, len(keys[places[0]]), ranks, prefill_ranks.sp > 1)
+        shares = own_shares(fetched, len(keys[0]) if keys else 0, ranks, prefill_ranks.sp > 1)
         own_prompts = [fetched[i] for i, _, _ in shares]
         own_keys = [keys[places[i]][lo:hi] for i, lo, hi in shares]
         if engine is None:

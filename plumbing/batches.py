@@ -47,16 +47,20 @@ def taught_batches(groups, max_tokens, run):
 
 
 def make_batches(parts, run):
-    """Yields a `Batch` of each list of groups. Sharded parameters (FSDP) are gathered by all ranks
-    together: then every rank gets as many batches as the rank with the most, and the last ones may
-    have weight zero."""
-    missing = 0
-    if isinstance(run.model, FSDPModule):
-        missing = max(gather(len(parts), run.ranks)) - len(parts)
+    """Yields a `Batch` of each list of groups; the last ones may have weight zero (`missing`)."""
+    weightless = missing(parts, run)       # asked now: later some ranks would be in a forward
     for part in parts:
         yield make_batch(part, run.ranks.device)
-    for _ in range(missing):
+    for _ in range(weightless):
         yield make_batch([weightless_group(run)], run.ranks.device)
+
+
+def missing(parts, run):
+    """How many more parts this rank needs. Sharded parameters (FSDP) are gathered by all ranks
+    together: then every rank must have as many as the rank with the most."""
+    if not isinstance(run.model, FSDPModule):
+        return 0
+    return max(gather(len(parts), run.ranks)) - len(parts)
 
 
 def cut(items, length, most):

@@ -6,6 +6,7 @@ that takes fetch is given `data.fetch`.
 from dataclasses import replace
 
 from flow import VideoError
+from plumbing.batches import missing
 
 
 def without_tokens(prompt):
@@ -17,11 +18,14 @@ def fetch_in_rounds(run, fetch, prompts):
     """Prompts with their vision tokens for a rollout: as many at a time as the cache holds, or else
     as the sp ranks decode at once. Those that are in the cache come first.
 
-    All sp ranks call this with the same prompts. Yields (places in the list, prompts) of each round
+    All sp ranks call this with the same prompts. Yields (places in the list, prompts) of each
+    round; with sharded parameters all ranks have equally many, and the last ones may be empty.
     """
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].key not in run.cache.kept)
     decoded_at_once = run.ranks.sp * run.config.max_tokens
-    for places in rounds(order, prompts, run.cache.most, decoded_at_once):
+    parts = list(rounds(order, prompts, run.cache.most, decoded_at_once))
+    parts += [[]] * missing(parts, run)
+    for places in parts:
         yield places, fetch(run, [prompts[i] for i in places])
 
 

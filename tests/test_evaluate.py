@@ -297,7 +297,7 @@ def test_grades_set_the_tiers_of_a_training(run, graded, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "Curriculum", note)
     alone(**training_on(run, graded, out_dir=tmp_path / "out"))
-    ids, seed, grades, tiers = given[-1]
+    _, _, grades, tiers, *_ = given[-1]
     assert grades == {id: [row["correct"], 4.0] for id, row in rows_by_id(graded).items()}
     assert tiers is True
 
