@@ -1,44 +1,47 @@
 """
 Reads any video file, or folder of pictures, as uint8 frames.
 
-A file that pillow recognises is a picture (or an animated webp or png, which FFmpeg cannot decode):
-see pictures.py. Everything else is read here with FFmpeg through PyAV. To open a film, its packets
-are read once, without decoding: they give the time of each frame. Frames are decoded on demand.
+A file that pillow recognises is a picture (or an animated webp or avif): see pictures.py.
+Everything else is read here with FFmpeg through PyAV. To open a film, its packets are read once,
+without decoding: they give the time of each frame (containers.py). Frames are decoded on demand.
 """
 import os
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain, dropwhile, islice
 
 import av
 import numpy as np
 
 from flow import VideoError
-from plumbing.frames import make_video, pick
-from plumbing.pictures import is_picture, open_folder, open_picture
+from plumbing.containers import MOV, UNKNOWN, Packets, opened, read_packets
+from plumbing.frames import make_video, one_file, pick
+from plumbing.pictures import folder_and_fps, is_picture, open_folder, open_picture
 
-# Without this list FFmpeg also renders text files as video, and lets playlists open other files.
-FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,ogg,asf,mp3,wav"
-LOG_LOCK = threading.Lock()    # of FFmpeg's log level, which all threads share
+PROBED = 12            # frames decoded at opening, to see whether packets and frames agree
+NEAR = 8               # frames: a seek this far ahead costs as much as decoding them
+# Formats without an index: FFmpeg seeks a place in the file, and not a time, at once and exactly.
+BY_PLACE = ("mpegts", "mpeg", "mpegvideo", "h264", "hevc", "m4v")
 
 
 def open_file(path, frames):
-    """-> `Video`. path: a film, a folder of pictures or a picture; frames: how many at most, evenly
-    spaced in time. Pixels are read on demand.
+    """-> `Video`. path: a film, a folder of pictures (folder@10fps: 10 of them a second) or a
+    picture; frames: how many at most, evenly spaced in time. Pixels are read on demand.
 
     Raises VideoError, which names the file and the cause, or ValueError if frames < 1.
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, not {frames}")
     path = os.fspath(path)
-    if not os.path.exists(path):
-        raise VideoError(f"{path}: no such file or folder")
-    if os.path.isdir(path):
-        return open_folder(path, frames)
-    if is_picture(path):
-        return open_picture(path, frames)
-    return open_film(path, frames)
+    with one_file(path):
+        folder, fps = folder_and_fps(path)
+        if not os.path.exists(folder):
+            raise VideoError(f"{path}: no such file or folder")
+        if os.path.isdir(folder):
+            return open_folder(folder, frames, fps)
+        if is_picture(path):
+            return open_picture(path, frames)
+        return open_film(path, frames)
 
 
 def read_video(path, frames):
@@ -47,223 +50,308 @@ def read_video(path, frames):
     return video.read(0, video.frames), video.seconds
 
 
-@contextmanager
-def opened(path):
-    """-> (container, its video stream). An FFmpeg error inside the `with` becomes a VideoError."""
-    try:
-        with av.open(path, options={"format_whitelist": FORMATS}) as container:
-            streams = [stream for stream in container.streams.video if not is_cover(stream)]
-            if not streams:
-                raise VideoError(f"{path}: no video stream in this file")
-            # FFmpeg takes all cores by default: one reader per GPU would starve the others.
-            streams[0].codec_context.thread_count = 1
-            yield container, streams[0]
-    except av.error.FFmpegError as e:
-        raise VideoError(f"{path}: not decodable as video: {e.strerror}") from e
-
-
-def is_cover(stream):
-    """Whether the stream is the cover picture of a song."""
-    return stream.disposition & av.stream.Disposition.attached_pic
-
-
-# --------------------------------------------------------------------------------------------------
-# opening: what a film's packets say
-
-@dataclass
-class Packet:
-    """One coded frame."""
-    pts: int           # the tick at which it is shown; None if the container has none
-    duration: int      # ticks
-    key: bool          # decoding can start here
-    shown: bool        # False: only decoded as a reference for others
-
-
-@dataclass
-class FilmIndex:
-    """The n frames that a film shows, in the order in which they are shown."""
-    times: list            # [n] ticks, when each frame appears
-    end: int               # the tick at which the last one disappears
-    tick: Fraction         # seconds
-    frame_ids: np.ndarray  # [n] identify the decoded frames, ascending: their pts ...
-    numbered: bool         # ... or their number among those shown, if pts are unreliable
-    keyframes: np.ndarray  # ids of the frames at which decoding can start, ascending
-
-
 def open_film(path, frames):
     """-> `Video` of a film. The header is not enough: it may lack the number of frames (mkv) or the
     duration (live webm), and never has the time of each frame, which a variable rate requires."""
-    with opened(path) as (container, stream):
-        first = next(container.decode(stream), None)
-        if first is None:
-            raise VideoError(f"{path}: no frame can be decoded")
-        height, width, _ = to_upright(first).shape
-    index = index_film(path)
-    places = pick(index.times, index.end, frames)
-    seconds = (index.end - index.times[0]) * index.tick / len(places)
+    film = index_film(path)
+    chosen = film.times[pick(film.times, film.end, frames)]
+    seconds = (film.end - int(film.times[0])) * film.tick / len(chosen)
 
     def read(chosen, out):
-        read_film(path, index, chosen, out)
+        read_film(film, chosen, out)
 
-    return make_video(path, index.frame_ids[places], (height, width), seconds,
-                      len(index.times) == 1, read)
+    return make_video(path, chosen, film.size, seconds, len(film.times) == 1, read)
+
+
+# --------------------------------------------------------------------------------------------------
+# opening: which frames a film shows, and when
+
+@dataclass
+class Film:
+    """The n frames that a film shows, in the order in which they are shown.
+
+    A frame is identified by the number of the packet that it is decoded from: before a packet goes
+    to the decoder, its number takes the place of its pts, which decoders hand on to the frame.
+    """
+    path: str
+    kind: str              # FFmpeg's name of the format
+    codec: str
+    packets: Packets
+    rate: Fraction         # frames a second, as far as the header knows
+    tick: Fraction         # seconds
+    aspect: Fraction       # width / height of a pixel
+    first: int             # the number of the packet at which decoding starts
+    size: tuple = ()       # (height, width) of a frame as shown
+    delay: int = 0         # most packets that the decoder held back in the first frames
+    times: np.ndarray = None   # [n] ticks, when each frame appears, ascending
+    end: int = 0               # the tick at which the last one disappears
+    ids: np.ndarray = None     # [n] numbers of packets; None if unknown, as in an avi with B-frames
+    keys: np.ndarray = None    # [k] where decoding can start: numbers of packets, ascending ...
+    key_frames: np.ndarray = None  # [k] ... and which of the n frames they are
+    decoded: bool = False  # all frames were decoded to know this
+    seeks: bool = True     # False once a seek has not led where it should
+
+    def agrees(self, place, number, held_back):
+        """Whether a decoded frame is the one expected at `place` of the n. It comes from packet
+        `number`, while the decoder holds back so many others. A decoder that holds back more than
+        before has left out frames."""
+        if self.ids is None:
+            return held_back <= self.delay
+        return place < len(self.ids) and self.ids[place] == number
 
 
 def index_film(path):
-    """-> `FilmIndex`. Raises VideoError if packets are missing or damaged."""
+    """-> `Film`. Raises VideoError if packets are missing or damaged."""
     with opened(path) as (container, stream):
         packets = read_packets(path, container, stream)
-        tick = stream.time_base
-        rate = stream.average_rate or stream.guessed_rate or 25
-        numbered = container.format.name == "avi"          # has no pts: FFmpeg guesses them
-    first_key = next((i for i, packet in enumerate(packets) if packet.key), None)
-    if first_key is not None:          # packets before it refer to frames that are not in the file
-        packets = packets[first_key:]
-    shown = [packet for packet in packets if packet.shown]
-    if not have_distinct_pts(shown):
-        numbered = True
-        tick = 1 / rate
-        shown = [Packet(i, 1, packet.key, True) for i, packet in enumerate(shown)]
-    elif first_key is not None and not numbered:
-        # Leading B-frames of an open group of pictures also refer to frames before the file.
-        shown = [packet for packet in shown if packet.pts >= packets[0].pts]
-    if not shown:
-        raise VideoError(f"{path}: no frame in this file")
+        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        # Packets before the first key refer to frames that are not in the file.
+        film = Film(path, container.format.name, stream.codec_context.name, packets, rate,
+                    stream.time_base, stream.sample_aspect_ratio or Fraction(1),
+                    first=int(packets.key.argmax()))
+    first_numbers = probe(film)
+    if not predict(film) or film.ids is not None and (
+            film.ids[:len(first_numbers)].tolist() != first_numbers):
+        decode_all(film)
+    return film
 
-    shown.sort(key=lambda packet: packet.pts)
-    times = [packet.pts for packet in shown]
-    mean_duration = round((times[-1] - times[0]) / max(1, len(times) - 1))
-    end = times[-1] + (shown[-1].duration or mean_duration or 1)
-    if numbered:
-        frame_ids = np.arange(len(times))
+
+def probe(film):
+    """Decode the first frames, for their size, and to see whether the packets predict them.
+    -> numbers of their packets"""
+    numbers = []
+    with opened(film.path) as (container, stream):
+        for number, held_back, frame in decode(film, container, stream, film.first):
+            numbers.append(number)
+            film.delay = max(film.delay, held_back)
+            if len(numbers) == 1:
+                film.size = to_upright(frame, film.aspect).shape[:2]
+            if len(numbers) == PROBED:
+                break
+    if not numbers:
+        raise VideoError(f"{film.path}: no frame can be decoded")
+    return numbers
+
+
+def predict(film):
+    """Set the film's frames and their times as its packets tell them. -> False if they do not"""
+    packets, first = film.packets, film.first
+    numbers = np.flatnonzero(packets.shown)
+    numbers = numbers[numbers >= first]
+    if film.kind == "avi":                 # has no pts: FFmpeg guesses them
+        ordered = film.delay == 0
+        times = packets.dts[numbers]
     else:
-        frame_ids = np.array(times)
-    keyframes = frame_ids[:1]
-    if first_key is not None and not numbered:
-        keyframes = np.array(sorted(packet.pts for packet in packets if packet.key))
-    return FilmIndex(times, end, tick, frame_ids, numbered, keyframes)
+        ordered = True
+        times = packets.pts[numbers]
+        if packets.key[first]:
+            # Leading B-frames of an open group of pictures also refer to frames before the file.
+            leads = (times < packets.pts[first]) & ~packets.key[numbers]
+            numbers, times = numbers[~leads], times[~leads]
+        order = np.argsort(times)
+        numbers, times = numbers[order], times[order]
+    # Of a picture in two fields, each field may be a packet.
+    fields = film.codec == "h264" and film.kind in BY_PLACE and np.ptp(packets.duration[:-1]) > 0
+    if fields or packets.joined or len(times) == 0 or not ascend(times):
+        return False
+    set_frames(film, numbers, times, packets.key[numbers])
+    if not ordered:
+        film.ids = None
+    return True
 
 
-def have_distinct_pts(packets):
-    pts = {packet.pts for packet in packets}
-    return None not in pts and len(pts) == len(packets)
+def ascend(times):
+    """Whether times are all known, and each is after the last one."""
+    return UNKNOWN not in times and bool(np.all(np.diff(times) > 0))
 
 
-def read_packets(path, container, stream):
-    """All packets in the order of the file. Raises VideoError if some are missing: FFmpeg itself
-    reads a truncated file to its end, skips holes, and at most logs it."""
-    packets = []
-    corrupt = False
-    last_dts = -2**63
-    last_byte = b""
-    with ffmpeg_log() as log:
-        for packet in container.demux(stream):
-            if packet.dts is not None:
-                last_dts = packet.dts
-            if not packet.size:                            # the end, or a repeated frame
-                continue
-            data = bytes(packet)
-            hidden_vp8 = stream.codec_context.name == "vp8" and not data[0] & 16
-            shown = not packet.is_discard and not hidden_vp8   # an edit list may discard packets
-            packets.append(Packet(packet.pts, packet.duration or 0, packet.is_keyframe, shown))
-            corrupt = corrupt or packet.is_corrupt
-            last_byte = data[-1:]
-
-    kind = container.format.name
-    cut_off = False
-    if kind == "mov,mp4,m4a,3gp,3g2,mj2":
-        cut_off = any(entry.timestamp > last_dts for entry in stream.index_entries)
-    elif kind == "avi":
-        cut_off = last_dts + 1 < stream.frames             # its clock counts dropped frames too
-    elif kind == "gif":
-        cut_off = last_byte != b";"                        # the trailer of a gif
-    if corrupt or cut_off:
-        raise VideoError(f"{path}: cut off or damaged, only {len(packets)} frames are whole")
-    if kind.startswith("matroska"):
-        for _, source, text in log:
-            if source == kind:                             # the container, not a decoder
-                raise VideoError(f"{path}: cut off or damaged: {text.strip()}")
-    return packets
+def decode_all(film):
+    """Set the film's frames and times by a full decode, since its packets do not tell them. Raises
+    VideoError if a frame is damaged."""
+    numbers, keys = [], []
+    with opened(film.path) as (container, stream):
+        for number, _, frame in decode(film, container, stream, film.first):
+            if frame.is_corrupt:
+                raise damaged(film, number)
+            numbers.append(number)
+            keys.append(frame.key_frame)
+    ids = np.array(numbers)
+    if not numbers:
+        raise VideoError(f"{film.path}: no frame can be decoded")
+    known = ids >= 0
+    times = np.where(known, film.packets.pts[ids], UNKNOWN)
+    if not ascend(times):
+        times = np.sort(times)             # pts in another order than the frames
+    if not ascend(times):
+        times = np.arange(len(ids))
+        film.tick = 1 / film.rate
+    set_frames(film, ids, times, np.array(keys) & known & film.packets.key[ids])
+    film.decoded = True
+    film.seeks = True
 
 
-@contextmanager
-def ffmpeg_log():
-    """-> list that collects this thread's errors of FFmpeg inside the `with`, as (level, source,
-    text). One thread at a time: another would reset the level, and errors would be missed."""
-    with LOG_LOCK:
-        level = av.logging.get_level()
-        skip_repeated = av.logging.get_skip_repeated()
-        av.logging.set_level(av.logging.ERROR)             # Capture sees nothing below the level,
-        av.logging.set_skip_repeated(False)                # nor repeated errors
-        try:
-            with av.logging.Capture() as log:
-                yield log
-        finally:
-            av.logging.set_level(level)
-            av.logging.set_skip_repeated(skip_repeated)
+def set_frames(film, ids, times, keys):
+    """ids, times, keys: [n] of each frame, in the order shown: the number of its packet, its tick,
+    and whether decoding can start at it."""
+    film.ids = ids
+    film.times = times
+    film.key_frames = np.flatnonzero(keys)
+    film.keys = ids[film.key_frames]
+    if film.decoded:
+        duration = 0                       # a packet may be less than a frame
+    elif film.kind == MOV:
+        duration = film.packets.duration[-1]   # the others there are from one dts to the next
+    else:
+        duration = film.packets.duration[ids[-1]]
+    mean = round((times[-1] - times[0]) / max(1, len(times) - 1))
+    film.end = int(times[-1]) + int(duration or mean or 1)
+    if not film.decoded:
+        film.end = max(film.end, film.packets.end_of_empty)
 
 
 # --------------------------------------------------------------------------------------------------
 # reading: decoding some of its frames
 
-def read_film(path, index, chosen, out):
-    """Fill out, uint8 [n, H, W, 3], with the frames of the ids chosen, which are ascending.
+def read_film(film, chosen, out):
+    """Fill out, uint8 [n, H, W, 3], with the frames on screen at the ticks chosen, which ascend.
 
-    Decoding starts at the last keyframe before them. That seek is only a shortcut: if it fails, or
-    a frame is missing after it, decoding starts at the beginning of the file.
+    Seeks are only a shortcut: if one leads elsewhere, decoding starts at the beginning. If even so
+    the frames are not those that the packets predict, and none is damaged, they are learnt from one
+    full decode.
     """
-    start = index.keyframes[index.keyframes <= chosen[0]][-1]
-    if start > index.keyframes[0]:
-        if decode(path, index, start, chosen, out) == len(chosen):
+    while True:
+        places = np.searchsorted(film.times, chosen, side="right") - 1
+        if film.seeks and read_runs(film, plan(film, places), places, out):
             return
-    found = decode(path, index, index.keyframes[0], chosen, out)
-    if found < len(chosen):
-        raise VideoError(f"{path}: damaged, only {found} of {len(chosen)} wanted frames "
-                         "could be decoded")
+        film.seeks = False
+        if read_runs(film, [Run(0, film.first, 0, len(places))], places, out):
+            return
+        if film.decoded:
+            raise VideoError(f"{film.path}: damaged, not every frame can be decoded again")
+        decode_all(film)
 
 
-def decode(path, index, start, chosen, out):
-    """Decode from the keyframe `start` on, into out. -> how many of the chosen frames were found;
-    if fewer than all, one is missing."""
-    seek = start > index.keyframes[0]
-    found = 0
-    with opened(path) as (container, stream):
-        if seek:
+@dataclass
+class Run:
+    """Frames that are decoded in one go."""
+    place: int             # of the frame at which decoding starts
+    number: int            # of its packet
+    lo: int                # it gives those of the wanted frames
+    hi: int
+
+
+def plan(film, places):
+    """How to reach frames at `places`, ascending: from the key before each. -> list of `Run`"""
+    runs = []
+    for i, place in enumerate(places):
+        key = np.searchsorted(film.key_frames, place, side="right") - 1
+        start, number = 0, film.first
+        if key > 0:
+            start, number = int(film.key_frames[key]), int(film.keys[key])
+        if runs and start <= places[i - 1] + NEAR:
+            runs[-1].hi = i + 1
+        else:
+            runs.append(Run(start, number, i, i + 1))
+    return runs
+
+
+def read_runs(film, runs, places, out):
+    """-> whether all frames at `places` were found"""
+    with opened(film.path) as (container, stream):
+        if runs[0].number > film.first:
             # Decode the first frame before seeking: x264 writes its version only there, and without
             # it FFmpeg decodes old 4:4:4 files to garbage.
-            next(container.decode(stream))
-            try:
-                container.seek(int(start), stream=stream)
-            except av.error.FFmpegError:                   # this format has no index
-                return 0
-        for number, frame in enumerate(container.decode(stream)):
-            frame_id = number if index.numbered else frame.pts
-            if frame_id is None or frame_id > chosen[found]:
-                break
-            # Corrupt frames before start are leftovers of an open group of pictures.
-            if frame.is_corrupt and frame_id >= start:
-                if seek:
-                    break
-                raise VideoError(f"{path}: damaged, frame at {frame.time} s has missing parts")
-            if frame_id < chosen[found]:
-                continue
-            rgb = to_upright(frame)
+            next(decode(film, container, stream, film.first))
+        try:
+            return all(read_run(film, run, container, stream, places, out) for run in runs)
+        except av.error.FFmpegError:
+            if runs[-1].number == film.first:              # no seek is to blame
+                raise
+            return False
+
+
+def read_run(film, run, container, stream, places, out):
+    """-> whether all frames of the run were found. Raises VideoError if one of those decoded is
+    damaged, or of another size."""
+    seeks = run.number > film.first
+    place = run.place
+    filled = run.lo
+    for number, held_back, frame in decode(film, container, stream, run.number):
+        if seeks and place == run.place and not (number == run.number and frame.key_frame):
+            return False                   # decoding cannot start here, whatever the table says
+        if frame.is_corrupt and seeks:
+            return False
+        if frame.is_corrupt:
+            raise damaged(film, number)
+        if not film.agrees(place, number, held_back):
+            return False
+        if place == places[filled]:
+            rgb = to_upright(frame, film.aspect)
             if rgb.shape != out.shape[1:]:
-                raise VideoError(f"{path}: the frame size changes from {out.shape[1:3]} "
+                raise VideoError(f"{film.path}: the frame size changes from {out.shape[1:3]} "
                                  f"to {rgb.shape[:2]}")
-            while found < len(chosen) and chosen[found] == frame_id:   # may be chosen twice
-                out[found] = rgb
-                found += 1
-            if found == len(chosen):
-                break
-    return found
+        while filled < run.hi and places[filled] == place:     # may be chosen twice
+            out[filled] = rgb
+            filled += 1
+        if filled == run.hi:
+            return True
+        place += 1
+    return False
 
 
-def to_upright(frame):
-    """-> uint8 [H, W, 3], rotated as the file says; transparency (gif, some mov) becomes black"""
+def damaged(film, number):
+    seconds = float(film.packets.pts[number] * film.tick)
+    return VideoError(f"{film.path}: damaged, the frame at {seconds:.2f} s has missing parts")
+
+
+def decode(film, container, stream, start):
+    """Decode from packet number `start` on. Yields (the number of the packet that a frame is of,
+    how many packets the decoder holds back, the frame)."""
+    sent = came_out = 0
+    begun = False
+    for packet in chain(packets_from(film, container, stream, start), [None]):
+        if packet is not None:
+            packet.pts = start + sent
+            sent += 1
+        for frame in stream.codec_context.decode(packet):  # None: what it still holds back
+            came_out += 1
+            number = UNKNOWN if frame.pts is None else frame.pts
+            begun = begun or number == start or not frame.is_corrupt
+            if begun:                                      # else a leftover of an open group
+                yield number, sent - came_out, frame
+
+
+def packets_from(film, container, stream, number):
+    """Yields the film's packets from `number` on, but empty ones. Ends early where a seek does not
+    lead to them."""
+    packets = (packet for packet in container.demux(stream) if packet.size)
+    if number == film.first:
+        yield from islice(packets, number, None)
+        return
+    places = film.packets.place
+    if film.kind in BY_PLACE:
+        container.seek(int(places[number]), stream=stream, unsupported_byte_offset=True)
+    elif film.kind == "avi":
+        container.seek(int(film.packets.dts[number]), stream=stream)
+    else:
+        container.seek(int(film.packets.pts[number]), stream=stream)
+    packets = dropwhile(lambda packet: packet.pos != places[number], packets)
+    for packet, place in zip(packets, places[number:]):
+        if packet.pos != place:
+            return
+        yield packet
+
+
+def to_upright(frame, aspect):
+    """-> uint8 [H, W, 3], rotated as the file says, of square pixels; transparency (gif, some mov)
+    becomes black. aspect: width / height of a pixel"""
+    shape = {}
+    if aspect != 1:
+        shape = {"width": max(1, round(frame.width * aspect)), "height": frame.height,
+                 "interpolation": "BICUBIC"}
     if any(component.is_alpha for component in frame.format.components):
-        rgba = frame.to_ndarray(format="rgba", threads=1).astype(np.uint16)
+        rgba = frame.to_ndarray(format="rgba", threads=1, **shape).astype(np.uint16)
         rgb = ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
     else:
-        rgb = frame.to_ndarray(format="rgb24", threads=1)
+        rgb = frame.to_ndarray(format="rgb24", threads=1, **shape)
     return np.rot90(rgb, frame.rotation // 90)             # both count counter-clockwise

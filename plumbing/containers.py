@@ -1,0 +1,202 @@
+"""
+Opens a film with FFmpeg, through PyAV, and reads what its packets say about its frames, without
+decoding them: one pass over the file.
+
+FFmpeg itself reads a truncated file to its end, skips holes, and at most logs it. Here that is an
+error.
+"""
+import os
+import threading
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import av
+import numpy as np
+
+from flow import VideoError
+
+# A file of these formats is read on its own. Without this list FFmpeg also renders text as video,
+# and lets playlists open other files.
+FORMATS = ("mov,matroska,avi,gif,apng,mpegts,mpeg,flv,live_flv,ogg,asf,mp3,wav,mxf,gxf,ivf,nut,rm,"
+           "dv,wtv,swf,nsv,nuv,lxf,smk,bink,roq,flic,h261,h263,h264,hevc,vvc,evc,obu,m4v,"
+           "mpegvideo,vc1,vc1test,cavsvideo,avs2,avs3,dirac,mjpeg,yuv4mpegpipe")
+# The first brand of pictures of the HEIF family but AVIF, which pillow reads.
+HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"avci", b"avcs",
+        b"mif1", b"mif2", b"mif3", b"msf1", b"miaf", b"jpeg", b"jpgs", b"j2ki", b"j2is", b"vvic",
+        b"vvis", b"evbi", b"evbs", b"evmi", b"evms")
+UNKNOWN = -2 ** 63             # a time or a place in the file that the container does not tell
+NO_JUMP = 10                   # seconds between two frames; more is another recording, as in ffmpeg
+JOINABLE = ("mpegts", "mpeg")  # formats whose files may be joined by `cat`
+MOV = "mov,mp4,m4a,3gp,3g2,mj2"
+LOG_LOCK = threading.Lock()    # of FFmpeg's log level, which all threads share
+
+
+@contextmanager
+def opened(path):
+    """-> (container, its video stream). An FFmpeg error inside the `with` becomes a VideoError."""
+    refuse_heif(path)
+    try:
+        with open_container(path) as container:
+            streams = [stream for stream in container.streams.video if not is_cover(stream)]
+            if not streams:
+                raise VideoError(f"{path}: no video stream in this file")
+            # FFmpeg takes all cores by default: one reader per GPU would starve the others.
+            streams[0].codec_context.thread_count = 1
+            yield container, streams[0]
+    except av.error.FFmpegError as e:
+        cause = refused_format(path) or e.strerror
+        raise VideoError(f"{path}: not decodable as video: {cause}") from e
+
+
+def open_container(path):
+    # "file:", or a name with a colon is taken for an address. Tags may be in any encoding.
+    return av.open(f"file:{path}", options={"format_whitelist": FORMATS},
+                   metadata_errors="replace")
+
+
+def is_cover(stream):
+    """Whether the stream is the cover picture of a song."""
+    return stream.disposition & av.stream.Disposition.attached_pic
+
+
+def refuse_heif(path):
+    """Raises VideoError for a phone's HEIC picture: FFmpeg gives PyAV only one of its tiles."""
+    with open(path, "rb") as file:
+        start = file.read(12)
+    if start[4:8] == b"ftyp" and start[8:] in HEIF:
+        raise VideoError(f"{path}: a HEIC picture, which is not read here; convert it first, "
+                         "for example with `heif-convert`, to PNG or JPEG")
+
+
+def refused_format(path):
+    """What to do about a file whose format is not in FORMATS; "" for any other. FFmpeg names the
+    format only in its log."""
+    with ffmpeg_log() as log, suppress(av.error.FFmpegError):
+        open_container(path).close()
+    for _, source, text in log:
+        if "not on whitelist" in text:
+            return (f"its format, {source}, is not read here; if it is a video, convert it: "
+                    f"ffmpeg -i {os.path.basename(path)} -c copy video.mkv")
+    return ""
+
+
+@dataclass
+class Packets:
+    """The n coded frames of a film, in the order of the file. Times are ticks."""
+    pts: np.ndarray        # [n] when a frame appears
+    dts: np.ndarray        # [n] when it is decoded
+    duration: np.ndarray   # [n] 0: not known
+    place: np.ndarray      # [n] bytes from the beginning of the file
+    key: np.ndarray        # [n] bool, the container says that decoding can start here
+    shown: np.ndarray      # [n] bool; False: only decoded as a reference for others
+    end_of_empty: int      # the tick at which the last packet without a frame ends, or UNKNOWN
+    joined: bool           # made of several recordings, whose times are now made one
+
+
+def read_packets(path, container, stream):
+    """-> `Packets`. Raises VideoError if packets are missing or damaged."""
+    kind = container.format.name
+    hides_frames = HIDES_FRAMES.get(stream.codec_context.name)
+    rows = []
+    corrupt = []                                           # numbers of packets
+    end_of_empty = UNKNOWN
+    last_byte = b""
+    with ffmpeg_log(kind.startswith("matroska")) as log:
+        for packet in container.demux(stream):
+            pts, dts, duration = packet.pts, packet.dts, packet.duration
+            if not packet.size:                            # the film's end, or a repeated frame
+                if dts is not None:
+                    end_of_empty = max(end_of_empty, dts + (duration or 0))
+                continue
+            shown = not packet.is_discard                  # an edit list may discard packets
+            if hides_frames and hides_frames(memoryview(packet)):
+                shown = False
+            if packet.is_corrupt:
+                corrupt.append(len(rows))
+            if kind == "gif":
+                last_byte = bytes(packet)[-1:]
+            rows.append((UNKNOWN if pts is None else pts, UNKNOWN if dts is None else dts,
+                         duration or 0, UNKNOWN if packet.pos is None else packet.pos,
+                         packet.is_keyframe, shown))
+    if not rows:
+        raise VideoError(f"{path}: no frame in this file")
+    columns = np.array(rows, dtype=np.int64).T             # [6, n]
+    packets = Packets(*columns[:4], *columns[4:].astype(bool), end_of_empty, False)
+    joints = find_joints(packets, stream) if kind in JOINABLE else []
+
+    cut_off = False
+    if kind == MOV:
+        table = stream.index_entries                       # by dts; empty if fragmented
+        cut_off = len(table) > 0 and table[-1].timestamp > packets.dts[-1]
+    elif kind == "avi":
+        end = max(end_of_empty, packets.dts[-1] + 1)       # its clock counts dropped frames too
+        cut_off = end < stream.frames
+    elif kind == "gif":
+        cut_off = last_byte != b";"                        # the trailer of a gif
+    # The last packet before a joint counts as corrupt, since the count of the next one jumps.
+    if cut_off or any(number + 1 not in joints for number in corrupt):
+        raise VideoError(f"{path}: cut off or damaged, only {len(rows)} frames are whole")
+    for _, source, text in log:
+        if source == kind:                                 # the container, not a decoder
+            raise VideoError(f"{path}: cut off or damaged: {text.strip()}")
+    make_one_recording(packets, joints)
+    return packets
+
+
+def find_joints(packets, stream):
+    """The numbers of the packets whose decoding time is before the last one's, or long after it."""
+    if UNKNOWN in packets.dts:
+        return []
+    gaps = np.diff(packets.dts)
+    return (np.flatnonzero((gaps < 0) | (gaps * float(stream.time_base) > NO_JUMP)) + 1).tolist()
+
+
+def make_one_recording(packets, joints):
+    """Move the times from each joint on, so that they continue those before it."""
+    packets.joined = len(joints) > 0
+    for number in joints:
+        end = packets.dts[number - 1] + packets.duration[number - 1]
+        shift = end - packets.dts[number]
+        packets.dts[number:] += shift
+        known = packets.pts[number:] != UNKNOWN
+        packets.pts[number:][known] += shift
+
+
+def vp8_hides(data):
+    return not data[0] & 16
+
+
+def vp9_hides(data):
+    """Whether this packet is one frame that is not shown. (Of several frames, a superframe, the
+    last one is shown.)"""
+    is_superframe = data[-1] & 0b11100000 == 0b11000000
+    if is_superframe:
+        return False
+    profile = (data[0] >> 5 & 1) + 2 * (data[0] >> 4 & 1)
+    bits = 3 if profile < 3 else 2                         # to the right of what follows
+    shows_existing_frame = data[0] >> bits & 1
+    shows_frame = data[0] >> (bits - 2) & 1
+    return not shows_existing_frame and not shows_frame
+
+
+HIDES_FRAMES = {"vp8": vp8_hides, "vp9": vp9_hides}
+
+
+@contextmanager
+def ffmpeg_log(wanted=True):
+    """-> list that collects this thread's errors of FFmpeg inside the `with`, as (level, source,
+    text). One thread at a time: another would reset the level, and errors would be missed."""
+    if not wanted:
+        yield []
+        return
+    with LOG_LOCK:
+        level = av.logging.get_level()
+        skip_repeated = av.logging.get_skip_repeated()
+        av.logging.set_level(av.logging.ERROR)             # Capture sees nothing below the level,
+        av.logging.set_skip_repeated(False)                # nor repeated errors
+        try:
+            with av.logging.Capture() as log:
+                yield log
+        finally:
+            av.logging.set_level(level)
+            av.logging.set_skip_repeated(skip_repeated)
