@@ -9,6 +9,7 @@ import os
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from operator import attrgetter
 
 import av
 import numpy as np
@@ -86,61 +87,54 @@ class Packets:
     pts: np.ndarray        # [n] when a frame appears
     dts: np.ndarray        # [n] when it is decoded
     duration: np.ndarray   # [n] 0: not known
-    place: np.ndarray      # [n] bytes from the beginning of the file
+    pos: np.ndarray        # [n] bytes from the beginning of the file
     key: np.ndarray        # [n] bool, the container says that decoding can start here
     shown: np.ndarray      # [n] bool; False: only decoded as a reference for others
     end_of_empty: int      # the tick at which the last packet without a frame ends, or UNKNOWN
-    joined: bool           # made of several recordings, whose times are now made one
+    joined: bool = False   # made of several recordings, whose times are now made one
 
 
 def read_packets(path, container, stream):
     """-> `Packets`. Raises VideoError if packets are missing or damaged."""
     kind = container.format.name
-    hides_frames = HIDES_FRAMES.get(stream.codec_context.name)
-    rows = []
-    corrupt = []                                           # numbers of packets
-    end_of_empty = UNKNOWN
-    last_byte = b""
+    look = LOOKS.get(stream.codec_context.name, attrgetter(*COLUMNS))
     with ffmpeg_log(kind.startswith("matroska")) as log:
-        for packet in container.demux(stream):
-            pts, dts, duration = packet.pts, packet.dts, packet.duration
-            if not packet.size:                            # the film's end, or a repeated frame
-                if dts is not None:
-                    end_of_empty = max(end_of_empty, dts + (duration or 0))
-                continue
-            shown = not packet.is_discard                  # an edit list may discard packets
-            if hides_frames and hides_frames(memoryview(packet)):
-                shown = False
-            if packet.is_corrupt:
-                corrupt.append(len(rows))
-            if kind == "gif":
-                last_byte = bytes(packet)[-1:]
-            rows.append((UNKNOWN if pts is None else pts, UNKNOWN if dts is None else dts,
-                         duration or 0, UNKNOWN if packet.pos is None else packet.pos,
-                         packet.is_keyframe, shown))
-    if not rows:
+        # A packet at a time: an hour has 90,000. Times that are not known are nan.
+        table = np.fromiter(map(look, container.demux(stream)), DTYPE)
+    empty = table["size"] == 0                             # the film's end, or a repeated frame
+    ends = whole(table["dts"][empty] + np.nan_to_num(table["duration"][empty]))
+    table = table[~empty]
+    if not len(table):
         raise VideoError(f"{path}: no frame in this file")
-    columns = np.array(rows, dtype=np.int64).T             # [6, n]
-    packets = Packets(*columns[:4], *columns[4:].astype(bool), end_of_empty, False)
+    packets = Packets(whole(table["pts"]), whole(table["dts"]),
+                      np.nan_to_num(table["duration"]).astype(np.int64), whole(table["pos"]),
+                      table["is_keyframe"], ~table["is_discard"], int(ends.max(initial=UNKNOWN)))
     joints = find_joints(packets, stream) if kind in JOINABLE else []
 
     cut_off = False
     if kind == MOV:
-        table = stream.index_entries                       # by dts; empty if fragmented
-        cut_off = len(table) > 0 and table[-1].timestamp > packets.dts[-1]
+        entries = stream.index_entries                     # by dts; none if fragmented
+        cut_off = len(entries) > 0 and entries[-1].timestamp > packets.dts[-1]
     elif kind == "avi":
-        end = max(end_of_empty, packets.dts[-1] + 1)       # its clock counts dropped frames too
-        cut_off = end < stream.frames
+        # Its clock counts dropped frames too.
+        cut_off = max(packets.end_of_empty, packets.dts[-1] + 1) < stream.frames
     elif kind == "gif":
-        cut_off = last_byte != b";"                        # the trailer of a gif
+        cut_off = byte_at(path, int(table["pos"][-1] + table["size"][-1]) - 1) != b";"
     # The last packet before a joint counts as corrupt, since the count of the next one jumps.
+    corrupt = np.flatnonzero(table["is_corrupt"]).tolist()
     if cut_off or any(number + 1 not in joints for number in corrupt):
-        raise VideoError(f"{path}: cut off or damaged, only {len(rows)} frames are whole")
+        raise VideoError(f"{path}: cut off or damaged, only {len(table)} frames are whole")
     for _, source, text in log:
         if source == kind:                                 # the container, not a decoder
             raise VideoError(f"{path}: cut off or damaged: {text.strip()}")
     make_one_recording(packets, joints)
     return packets
+
+
+def byte_at(path, pos):
+    with open(path, "rb") as file:
+        file.seek(pos)
+        return file.read(1)
 
 
 def find_joints(packets, stream):
@@ -162,24 +156,42 @@ def make_one_recording(packets, joints):
         packets.pts[number:][known] += shift
 
 
-def vp8_hides(data):
-    return not data[0] & 16
+# --------------------------------------------------------------------------------------------------
+# what is noted of a packet
+
+COLUMNS = ("pts", "dts", "duration", "pos", "size", "is_keyframe", "is_corrupt", "is_discard")
+DTYPE = [(name, bool if name.startswith("is_") else float) for name in COLUMNS]
 
 
-def vp9_hides(data):
-    """Whether this packet is one frame that is not shown. (Of several frames, a superframe, the
-    last one is shown.)"""
+def whole(numbers):
+    """Of float64, in which nan is an unknown one. -> int64"""
+    return np.where(np.isnan(numbers), UNKNOWN, numbers).astype(np.int64)
+
+
+def look_at(packet, hidden):
+    """The columns of a packet that has a frame but only as a reference for others, if hidden."""
+    *others, discarded = attrgetter(*COLUMNS)(packet)
+    return *others, discarded or hidden
+
+
+def look_at_vp8(packet):
+    return look_at(packet, packet.size > 0 and not memoryview(packet)[0] & 16)
+
+
+def look_at_vp9(packet):
+    """Of a packet of several frames, a superframe, the last frame is shown."""
+    if packet.size == 0:
+        return look_at(packet, False)
+    data = memoryview(packet)
     is_superframe = data[-1] & 0b11100000 == 0b11000000
-    if is_superframe:
-        return False
     profile = (data[0] >> 5 & 1) + 2 * (data[0] >> 4 & 1)
-    bits = 3 if profile < 3 else 2                         # to the right of what follows
-    shows_existing_frame = data[0] >> bits & 1
-    shows_frame = data[0] >> (bits - 2) & 1
-    return not shows_existing_frame and not shows_frame
+    bit = 3 if profile < 3 else 2
+    shows_existing_frame = data[0] >> bit & 1
+    shows_frame = data[0] >> (bit - 2) & 1
+    return look_at(packet, not (is_superframe or shows_existing_frame or shows_frame))
 
 
-HIDES_FRAMES = {"vp8": vp8_hides, "vp9": vp9_hides}
+LOOKS = {"vp8": look_at_vp8, "vp9": look_at_vp9}
 
 
 @contextmanager

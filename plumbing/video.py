@@ -328,7 +328,7 @@ def packets_from(film, container, stream, number):
     if number == film.first:
         yield from islice(packets, number, None)
         return
-    places = film.packets.place
+    places = film.packets.pos
     if film.kind in BY_PLACE:
         container.seek(int(places[number]), stream=stream, unsupported_byte_offset=True)
     elif film.kind == "avi":
