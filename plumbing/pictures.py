@@ -5,14 +5,13 @@ import math
 import os
 import re
 from contextlib import contextmanager
-from functools import cache
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
 from flow import VideoError
 from plumbing.frames import make_video, pick
+from plumbing.ranks import say_once
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "PPM")
 # Used only inside a folder, where suffixes tell pictures from other files.
@@ -90,12 +89,6 @@ def with_fps(path, fps, where):
     if not is_number or not 0 < fps < math.inf:
         raise ValueError(f"{where}: 'fps' is {fps!r}, expected a positive number")
     return f"{os.path.normpath(path)}@{fps}fps"
-
-
-@cache
-def say_once(line):
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(line)
 
 
 def open_folder(path, frames, fps=None):

@@ -40,8 +40,8 @@ def fingerprint(path, folder=""):
     """A hash of a video's content. -> 64 hexadecimal digits
 
     Of a file, the bytes, not the name; of a folder, the names, sizes and bytes of its pictures, in
-    order, and how many are one second. A file is read once: then its hash is remembered by absolute path, size and modification
-    time; in `folder`, if given, for later runs too. Raises VideoError.
+    order, and how many are one second. A file is read once: then its hash is remembered by absolute
+    path, size and modification time; in `folder`, if given, for later runs too. Raises VideoError.
     """
     path, fps = folder_and_fps(os.fspath(path))
     if not os.path.exists(path):
