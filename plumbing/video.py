@@ -109,11 +109,17 @@ def index_film(path):
         film = Film(path, container.format.name, stream.codec_context.name, packets, rate,
                     stream.time_base, stream.sample_aspect_ratio or Fraction(1),
                     first=int(packets.key.argmax()))
-    first_numbers = probe(film)
-    if not predict(film) or film.ids is not None and (
-            film.ids[:len(first_numbers)].tolist() != first_numbers):
+    numbers = probe(film)
+    if not predict(film) or not foresaw(film, numbers):
         decode_all(film)
     return film
+
+
+def foresaw(film, numbers):
+    """Whether the packets predicted the first frames. numbers: of their packets, from `probe`"""
+    if len(numbers) < PROBED and len(numbers) != len(film.times):
+        return False                                       # these are all there are
+    return film.ids is None or film.ids[:len(numbers)].tolist() == numbers
 
 
 def probe(film):
@@ -150,8 +156,9 @@ def predict(film):
             numbers, times = numbers[~leads], times[~leads]
         order = np.argsort(times)
         numbers, times = numbers[order], times[order]
-    # Of a picture in two fields, each field may be a packet.
-    fields = film.codec == "h264" and film.kind in BY_PLACE and np.ptp(packets.duration[:-1]) > 0
+    # Of a picture in two fields, each field may be a packet. Not all may be so: then some are short.
+    uneven = len(np.unique(packets.duration[:-1])) > 1
+    fields = film.codec == "h264" and film.kind in BY_PLACE and uneven
     if fields or packets.joined or len(times) == 0 or not ascend(times):
         return False
     set_frames(film, numbers, times, packets.key[numbers])
@@ -185,9 +192,9 @@ def decode_all(film):
     if not ascend(times):
         times = np.arange(len(ids))
         film.tick = 1 / film.rate
-    set_frames(film, ids, times, np.array(keys) & known & film.packets.key[ids])
     film.decoded = True
     film.seeks = True
+    set_frames(film, ids, times, np.array(keys) & known & film.packets.key[ids])
 
 
 def set_frames(film, ids, times, keys):
