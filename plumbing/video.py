@@ -156,12 +156,15 @@ def predict(film):
             numbers, times = numbers[~leads], times[~leads]
         order = np.argsort(times)
         numbers, times = numbers[order], times[order]
-    # Of a picture in two fields, each field may be a packet. Not all may be so: then some are short.
+    # Of a picture in two fields, each field may be a packet; its duration is half a frame's.
     uneven = len(np.unique(packets.duration[:-1])) > 1
     fields = film.codec == "h264" and film.kind in BY_PLACE and uneven
     if fields or packets.joined or len(times) == 0 or not ascend(times):
         return False
-    set_frames(film, numbers, times, packets.key[numbers])
+    # In mov, durations are from one dts to the next. Only the last packet has one of its own.
+    last = -1 if film.kind == MOV else numbers[-1]
+    set_frames(film, numbers, times, packets.key[numbers], packets.duration[last])
+    film.end = max(film.end, packets.end_of_empty)
     if not ordered:
         film.ids = None
     return True
@@ -189,31 +192,28 @@ def decode_all(film):
     times = np.where(known, film.packets.pts[ids], UNKNOWN)
     if not ascend(times):
         times = np.sort(times)             # pts in another order than the frames
+    duration = film.packets.duration[ids[-1]]
     if not ascend(times):
         times = np.arange(len(ids))
+        duration = 1
         film.tick = 1 / film.rate
+    if film.codec == "h264":
+        duration = 0                       # perhaps of one field
     film.decoded = True
     film.seeks = True
-    set_frames(film, ids, times, np.array(keys) & known & film.packets.key[ids])
+    set_frames(film, ids, times, np.array(keys) & known & film.packets.key[ids],
+               duration)
 
 
-def set_frames(film, ids, times, keys):
+def set_frames(film, ids, times, keys, duration):
     """ids, times, keys: [n] of each frame, in the order shown: the number of its packet, its tick,
-    and whether decoding can start at it."""
+    and whether decoding can start at it. duration: ticks of the last one; 0: as the others"""
     film.ids = ids
     film.times = times
     film.key_frames = np.flatnonzero(keys)
     film.keys = ids[film.key_frames]
-    if film.decoded:
-        duration = 0                       # a packet may be less than a frame
-    elif film.kind == MOV:
-        duration = film.packets.duration[-1]   # the others there are from one dts to the next
-    else:
-        duration = film.packets.duration[ids[-1]]
     mean = round((times[-1] - times[0]) / max(1, len(times) - 1))
     film.end = int(times[-1]) + int(duration or mean or 1)
-    if not film.decoded:
-        film.end = max(film.end, film.packets.end_of_empty)
 
 
 # --------------------------------------------------------------------------------------------------
