@@ -120,9 +120,9 @@ def read_packets(path, container, stream):
         cut_off = max(packets.end_of_empty, packets.dts[-1] + 1) < stream.frames
     elif kind == "gif":
         cut_off = byte_at(path, int(table["pos"][-1] + table["size"][-1]) - 1) != b";"
-    # The last packet before a joint counts as corrupt, since the count of the next one jumps.
-    corrupt = np.flatnonzero(table["is_corrupt"]).tolist()
-    if cut_off or any(number + 1 not in joints for number in corrupt):
+    # FFmpeg also marks one of the last two packets before a joint, where the count jumps.
+    corrupt = set(np.flatnonzero(table["is_corrupt"]).tolist())
+    if cut_off or corrupt - {number - back for number in joints for back in (1, 2)}:
         raise VideoError(f"{path}: cut off or damaged, only {len(table)} frames are whole")
     for _, source, text in log:
         if source == kind:                                 # the container, not a decoder
