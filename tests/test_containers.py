@@ -446,7 +446,7 @@ def test_a_run_over_one_of_every_fault_ends_normally_and_names_each(
                  "prompts_per_step": n, "oversample_cap": 1})
         said = capsys.readouterr().out
         for name in named:
-            assert said.count(f"dropped of-{name}: {tmp_path / name}") == 1, name
+            assert f"dropped of-{name}: {tmp_path / name}" in said, name
         for name in read:
             assert f"of-{name}" not in said
         assert metrics(how["out_dir"], "rl")[-1]["dropped"] == len(named)
