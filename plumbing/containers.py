@@ -9,12 +9,14 @@ import os
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain, islice
 from operator import attrgetter
 
 import av
 import numpy as np
 
 from flow import VideoError
+from plumbing.mp4 import CHECKED, tabled_packets
 
 # A file of these formats is read on its own. Without this list FFmpeg also renders text as video,
 # and lets playlists open other files.
@@ -97,10 +99,19 @@ class Packets:
 def read_packets(path, container, stream):
     """-> `Packets`. Raises VideoError if packets are missing or damaged."""
     kind = container.format.name
-    look = LOOKS.get(stream.codec_context.name, attrgetter(*COLUMNS))
+    codec = stream.codec_context.name
+    demuxed = container.demux(stream)
+    if kind == MOV and codec not in LOOKS:
+        first = [*islice(demuxed, CHECKED)]
+        tabled = tabled_packets(path, stream, [packet for packet in first if packet.size])
+        if tabled is not None:
+            shown = np.ones(tabled.shape[1], bool)
+            return Packets(*tabled[:4], tabled[4].astype(bool), shown, end_of_empty=UNKNOWN)
+        demuxed = chain(first, demuxed)
+    look = LOOKS.get(codec, attrgetter(*COLUMNS))
     with ffmpeg_log(kind.startswith("matroska")) as log:
         # A packet at a time: an hour has 90,000. Times that are not known are nan.
-        table = np.fromiter(map(look, container.demux(stream)), DTYPE)
+        table = np.fromiter(map(look, demuxed), DTYPE)
     empty = table["size"] == 0                             # the film's end, or a repeated frame
     ends = whole(table["dts"][empty] + np.nan_to_num(table["duration"][empty]))
     table = table[~empty]
