@@ -14,7 +14,9 @@ from runs import EVALUATE, alone, command, flags, metrics, question, write
 from test_video import H, W, clip, fails, marked_frame, numbers, paint
 
 import evaluate
-from plumbing import video as videos
+from flow import VideoError
+from plumbing import containers, mp4
+from plumbing import film as films
 from plumbing.containers import ffmpeg_log
 from plumbing.ranks import say_once
 from plumbing.video import open_file, read_video
@@ -90,8 +92,8 @@ def test_frames_far_apart_are_reached_by_seeks(tmp_path, monkeypatch, name, how)
     everything, _ = read_video(path, 120)
     assert numbers(everything) == [i % 40 for i in range(120)]
     decoded = []
-    real = videos.Film.agrees
-    monkeypatch.setattr(videos.Film, "agrees", lambda film, place, *others: (
+    real = films.Film.agrees
+    monkeypatch.setattr(films.Film, "agrees", lambda film, place, *others: (
         decoded.append(place) or real(film, place, *others)))
     video = open_file(path, 4)
     assert np.array_equal(video.read(0, 4), everything[15::30])
@@ -116,6 +118,24 @@ def test_frames_shown_in_another_order_than_their_times(tmp_path):
     assert numbers(reads_alike(path, 40)) == list(range(40))
     assert read_video(path, 40)[1] == pytest.approx(0.1, rel=0.01)
     assert numbers(read_video(path, 5)[0]) == [4, 12, 20, 28, 36]
+
+
+def test_frames_that_turn_out_to_be_in_another_order_late_in_a_film(tmp_path):
+    """After the frames that are decoded at opening: slices that were read before stay right."""
+    def swap(packets):
+        for packet in packets:
+            packet.pts += 2 * packet.duration
+        for i in range(24, 40, 4):
+            packets[i].pts, packets[i + 1].pts = packets[i + 1].pts, packets[i].pts
+        return packets
+
+    path = remux(clip(tmp_path / "a.mp4", bf="0"), tmp_path / "swapped.mp4", swap)
+    video = open_file(path, 20)
+    right = list(range(1, 40, 2))
+    assert numbers(video.read(0, 5)) == right[:5]
+    assert numbers(video.read(10, 20)) == right[10:]
+    assert numbers(video.read(0, 20)) == right
+    assert video.seconds == pytest.approx(0.2, rel=0.01)
 
 
 def test_a_real_film_whose_frames_are_shown_in_another_order_than_their_times():
@@ -173,6 +193,26 @@ def test_two_transport_streams_joined(tmp_path, shift):
     assert numbers(reads_alike(path, 40)) == list(range(40))
     frames, seconds = read_video(path, 5)
     assert numbers(frames) == [4, 12, 20, 28, 36] and seconds == pytest.approx(0.8, rel=0.02)
+
+
+def test_an_mp4_is_opened_by_its_tables_as_by_its_packets(tmp_path, monkeypatch):
+    for name, how in [("a.mp4", {}), ("b.mov", dict(codec="prores", pix_fmt="yuv422p10le")),
+                      ("late.mp4", dict(pts=range(50, 90))), ("bf.mp4", dict(bf="4", g="99")),
+                      ("fast.mp4", dict(container={"movflags": "faststart"})),
+                      ("vfr.mp4", dict(pts=[i * i for i in range(40)], base=Fraction(1, 10)))]:
+        path = clip(tmp_path / name, **how)
+        with containers.opened(path) as (container, stream):
+            first = [packet for packet in list(container.demux(stream))[:16] if packet.size]
+            tabled = containers.tabled_packets(path, stream, first)
+        with monkeypatch.context() as patch, containers.opened(path) as (container, stream):
+            patch.setattr(containers, "tabled_packets", lambda *others: None)
+            packets = containers.read_packets(path, container, stream)
+        for column, name in zip(tabled, ("pts", "dts", "duration", "pos", "key")):
+            assert np.array_equal(column, getattr(packets, name)), (path, name)
+    for name, blob in [("none", b""), ("short", b"\0\0\0\x10moov\0\0\0\x08trak")]:
+        (tmp_path / name).write_bytes(blob)
+        with pytest.raises((ValueError, KeyError)):
+            mp4.time_tables(tmp_path / name, 1, 40)
 
 
 def test_a_hole_in_a_transport_stream_is_damage(tmp_path):
@@ -331,9 +371,9 @@ def test_any_error_is_the_files_own(tmp_path, monkeypatch):
     def broken(frame, aspect):
         raise LookupError("of a class\nnobody knew")
 
-    monkeypatch.setattr(videos, "to_upright", broken)
+    monkeypatch.setattr(films, "to_upright", broken)
     fails(path, "LookupError: of a class nobody knew")
-    with pytest.raises(videos.VideoError, match="a.mp4: cannot be read"):
+    with pytest.raises(VideoError, match="a.mp4: cannot be read"):
         video.read(0, 2)
 
 

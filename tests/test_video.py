@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 from flow import VideoError
-from plumbing import video as videos
+from plumbing import film as films
 from plumbing.containers import ffmpeg_log
 from plumbing.video import open_file, read_video
 
@@ -164,7 +164,7 @@ def test_decoding_begins_at_the_keyframe_before_the_first_wanted_frame(tmp_path,
     """Keyframes are 8 frames apart, so that a late slice does not decode the film from its start.
     Where a seek finds nothing, as in a format without an index, that is done after all."""
     video = open_file(clip(tmp_path / "a.mkv"), 40)
-    real = videos.packets_from
+    real = films.packets_from
     starts = []
     seek_works = True
 
@@ -174,7 +174,7 @@ def test_decoding_begins_at_the_keyframe_before_the_first_wanted_frame(tmp_path,
             return iter([])
         return real(film, container, stream, number)
 
-    monkeypatch.setattr(videos, "packets_from", packets_from)
+    monkeypatch.setattr(films, "packets_from", packets_from)
     assert numbers(video.read(19, 21)) == [19, 20]
     assert starts == [0, 16]                               # 0: the first frame, and no more
     starts.clear()
