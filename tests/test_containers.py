@@ -488,7 +488,7 @@ def test_a_run_over_one_of_every_fault_ends_normally_and_names_each(
         for name in named:
             assert f"dropped of-{name}: {tmp_path / name}" in said, name
         for name in read:
-            assert f"of-{name}" not in said
+            assert f"dropped of-{name}" not in said
         assert metrics(how["out_dir"], "rl")[-1]["dropped"] == len(named)
     options = {key: value for key, value in how.items() if hasattr(evaluate.Config, key)}
     if grade:
