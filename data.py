@@ -20,11 +20,12 @@ from functools import partial
 import model as vlm
 import rewards
 import toy
-from flow import PromptError, Sample, VideoError
+from flow import Sample, VideoError
 from plumbing import check_data, store
 from plumbing.fetching import refuse_changes, without_tokens
 from plumbing.formats import read_samples
 from plumbing.judges import load_verifiers
+from plumbing.pictures import folder_and_fps, with_fps
 from plumbing.ranks import on_first, run_command
 from plumbing.video import open_file
 
@@ -42,10 +43,12 @@ def load(source, video_dir="", say=print):
     if source == "toy" or source.startswith("toy:"):
         return toy.load(source)
     samples = []
-    for _, fields in read_samples(source, rewards.VERIFIERS, say):
+    for where, fields in read_samples(source, rewards.VERIFIERS, say):
+        fps = fields.pop("fps", None)
         if not fields["video"].startswith("toy:"):
             folder = video_dir or os.path.dirname(source)
-            fields["video"] = os.path.join(folder, fields["video"])
+            path = os.path.join(folder, fields["video"])
+            fields["video"] = with_fps(path, fps, where)
         samples.append(Sample(**fields))
     if not samples:
         raise ValueError(f"{source}: no samples in it")
@@ -66,7 +69,7 @@ def split(samples, fraction=0.05):
 
 
 def is_held_out(path, fraction):
-    name = os.path.basename(os.path.normpath(path))
+    name = os.path.basename(os.path.normpath(folder_and_fps(path)[0]))
     built_in = re.match(r"toy:(?:[a-z]+-)?0*(\d+)", path)
     if built_in:                                           # toy:long-7 tells the story of toy:7
         name = f"toy:{built_in[1]}"
@@ -171,7 +174,7 @@ def make_prompts(run, samples, room):
                                      key=key)
             vlm.check_length(run.model, prompt, room, most)
             prompts.append((sample, without_tokens(replace(prompt, video=sample.video))))
-        except (VideoError, PromptError) as e:
+        except ValueError as e:            # VideoError, PromptError, or what else its data causes
             dropped[sample.id] = str(e)
     return prompts, dropped
 

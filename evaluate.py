@@ -28,7 +28,7 @@ from plumbing.fetching import fetch_in_rounds
 from plumbing.grades import append, begin, read_grades
 from plumbing.metrics import mean
 from plumbing.plots import draw_sweep, eval_table
-from plumbing.ranks import gather, merged, on_first, printer, run_command, start
+from plumbing.ranks import gather, merged, name_each, on_first, printer, run_command, start
 from plumbing.sharding import check_heads
 from plumbing.sweep import sweep
 from plumbing.vllm_engine import engine_of, import_vllm
@@ -109,7 +109,7 @@ def evaluate(run, samples, k=0, grades=None, think_least=0):
 
     grades: {id: (correct, total)}: accuracy is reported per tier by them, or else by the answers
     sampled here. think_least: as for `rollout.sample`. The samples are split over the dp groups;
-    one that cannot be read or graded is dropped and counted. -> dict, on every rank
+    one that cannot be read or graded is dropped, counted and named. -> dict, on every rank
     """
     c, ranks = run.config, run.ranks
     prompts, dropped = data.make_prompts(run, samples[ranks.dp_rank::ranks.dp],
@@ -118,7 +118,7 @@ def evaluate(run, samples, k=0, grades=None, think_least=0):
     mine = slice(ranks.sp_rank, None, ranks.sp)            # all sp ranks have the same answers
     answers, ungraded = verify(c, prompts[mine], greedy[mine], sampled[mine])
     answers = [a for part in gather(answers, ranks) for a in part]
-    dropped = merged(dropped | ungraded, ranks)
+    dropped = name_each("not evaluated", merged(dropped | ungraded, ranks))
     if not answers:
         why = next(iter(dropped.values()), "no samples are held out")
         return {"samples": 0, "dropped": len(dropped), "why": why}

@@ -289,6 +289,8 @@ def read_samples(source, domains, say):
                                  "ids must be unique")
             places[id] = where
             texts["id"] = id
+            if question.get("fps") is not None:            # only of a folder of pictures
+                texts["fps"] = question["fps"]
             unused.update(names_unused(question))
             yield where, texts
     if unused:
@@ -304,7 +306,7 @@ def read_samples(source, domains, say):
 def names_unused(record):
     used = names_in(record).values()
     return [name for name, value in record.items()
-            if name not in used and name not in OF_FORMS and value not in (None, [])]
+            if name not in (*used, *OF_FORMS, "fps") and value not in (None, [])]
 
 
 def set_domain(texts, record, domains, where):

@@ -1,11 +1,28 @@
 """
 What every source of video shares: which frames are taken, how they are returned and resized.
 """
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from flow import Video
+from flow import Video, VideoError
+
+MOST_UNEQUAL = 200     # the longer side over the shorter one, in the models' own preprocessing
+
+
+@contextmanager
+def one_file(path):
+    """Whatever error is raised inside the `with` becomes a VideoError of that file: the libraries
+    raise many classes, and one bad file must not end a run."""
+    try:
+        yield
+    except VideoError:
+        raise
+    except Exception as e:
+        cause = " ".join(f"{type(e).__name__}: {e}".split())
+        raise VideoError(f"{path}: cannot be read ({cause})") from e
 
 
 def pick(times, end, frames):
@@ -38,16 +55,22 @@ def make_video(path, chosen, size, seconds, single, read):
 
     The `Video`'s read(lo, hi, resized) gives frames of the size `resized`, (height, width), bit for
     bit as `resize` would. Each is resized once it is decoded: one at a time is there in full size.
+    Raises VideoError if the frames are so narrow that no model takes them.
     """
+    height, width = size
+    if max(size) > MOST_UNEQUAL * min(size):
+        raise VideoError(f"{path}: frames of {height} x {width}: sides that differ more than "
+                         f"{MOST_UNEQUAL} times are not supported")
+
     def read_slice(lo, hi, resized=None):
         assert 0 <= lo <= hi <= len(chosen), f"frames {lo}:{hi} of {len(chosen)}"
         shape = (hi - lo, *size, 3)
         out = Resized(shape, resized) if resized else np.empty(shape, dtype=np.uint8)
         if hi > lo:
-            read(chosen[lo:hi], out)           # only these frames are in memory
+            with one_file(path):
+                read(chosen[lo:hi], out)       # only these frames are in memory
         return out.frames if resized else out
 
-    height, width = size
     return Video(path, len(chosen), height, width, 1.0 if single else float(seconds), read_slice)
 
 

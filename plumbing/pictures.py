@@ -1,6 +1,7 @@
 """
-Pictures as video, through pillow: a folder of pictures, one picture, an animated webp or png.
+Pictures as video, through pillow: a folder of pictures, one picture, an animated webp or avif.
 """
+import math
 import os
 import re
 from contextlib import contextmanager
@@ -10,10 +11,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flow import VideoError
 from plumbing.frames import make_video, pick
+from plumbing.ranks import say_once
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "PPM")
 # Used only inside a folder, where suffixes tell pictures from other files.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm")
 # What pillow raises for a broken picture: the last three come from its webp and png readers and
 # for oversized files.
 ERRORS = (OSError, EOFError, SyntaxError, Image.DecompressionBombError)
@@ -32,10 +34,12 @@ def opened(path):
 
 
 def is_picture(path):
-    """Whether pillow recognises this file as a picture, even a broken one."""
+    """Whether pillow recognises this file as a picture, even a broken one. An animated png is left
+    to FFmpeg: pillow shows its frames wrongly where one is disposed of, and a picture too many
+    where the default one is not part of the animation."""
     try:
-        with Image.open(path, formats=FORMATS):
-            return True
+        with Image.open(path, formats=FORMATS) as image:
+            return not (image.format == "PNG" and image.n_frames > 1)
     except UnidentifiedImageError:
         return False
     except ERRORS:
@@ -66,10 +70,34 @@ def natural_order(name):
     return parts, name                                     # "a1" and "A01" have equal parts
 
 
-def open_folder(path, frames):
-    """-> `Video` of at most `frames` of the folder's pictures; they are one second apart. Raises
-    VideoError if a picture is broken or has another size than the first one."""
+def folder_and_fps(path):
+    """"clips/bird@10fps" -> ("clips/bird", 10.0): a folder, and how many of its pictures are one
+    second. Any other path, and what exists by the whole name -> (path, None)"""
+    match = re.fullmatch(r"(.+)@([0-9.]+(?:e-?[0-9]+)?)fps", path, re.DOTALL)
+    if not match or os.path.exists(path):
+        return path, None
+    return match[1], float(match[2])
+
+
+def with_fps(path, fps, where):
+    """The path of a sample's video and its field `fps` as one path, for `folder_and_fps`. Only a
+    folder of pictures needs it: a film knows its times. Raises ValueError, which begins with where,
+    unless fps is None or a positive number."""
+    if fps is None or not os.path.isdir(path):
+        return path
+    is_number = isinstance(fps, (int, float)) and not isinstance(fps, bool)
+    if not is_number or not 0 < fps < math.inf:
+        raise ValueError(f"{where}: 'fps' is {fps!r}, expected a positive number")
+    return f"{os.path.normpath(path)}@{fps}fps"
+
+
+def open_folder(path, frames, fps=None):
+    """-> `Video` of at most `frames` of the folder's pictures, of which fps are one second; None:
+    one. Raises VideoError if a picture is broken or has another size than the first one."""
     files = list_pictures(path)
+    if fps is None and len(files) > 1:
+        say_once("Folders of pictures are taken as one picture a second, since their samples have "
+                 'no field "fps"')
     first_size = None
     for file in files:
         with opened(file) as image:
@@ -80,7 +108,7 @@ def open_folder(path, frames):
             raise VideoError(f"{file}: height and width {size} differ from {first_size} "
                              f"of {files[0]}")
     chosen = [files[place] for place in pick(range(len(files)), len(files), frames)]
-    seconds = len(files) / len(chosen)
+    seconds = len(files) / len(chosen) / (fps or 1)
     return make_video(path, chosen, first_size, seconds, len(files) == 1, read_files)
 
 
@@ -111,8 +139,9 @@ def open_picture(path, frames):
 
 def display_times(image):
     """-> ([n] milliseconds, when each frame appears; when the last one disappears)"""
-    # Only these two formats are animated. More pages in a tiff or a phone's jpeg are no video.
-    if image.format not in ("WEBP", "PNG") or image.n_frames == 1:
+    # Only these two are animated (FFmpeg reads an animated png). More pages in a tiff or a phone's
+    # jpeg are no video.
+    if image.format not in ("WEBP", "AVIF") or image.n_frames == 1:
         return [0], 1
     times = []
     now = 0

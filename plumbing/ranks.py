@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -257,6 +258,20 @@ def printer(ranks):
         if ranks.rank == 0:
             tqdm.write(line)
     return say
+
+
+@cache
+def say_once(line):
+    """Print a line above the progress bars, only on rank 0, and only the first time."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(line)
+
+
+def name_each(fate, reasons):
+    """Say once of each sample what became of it and why. reasons: {id: why}, which is returned"""
+    for id, why in reasons.items():
+        say_once(f"{fate} {id}: {why}")
+    return reasons
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from flow import Video, VideoError
-from plumbing.pictures import list_pictures
+from plumbing.pictures import folder_and_fps, list_pictures
 
 # --------------------------------------------------------------------------------------------------
 # hashes
@@ -40,10 +40,10 @@ def fingerprint(path, folder=""):
     """A hash of a video's content. -> 64 hexadecimal digits
 
     Of a file, the bytes, not the name; of a folder, the names, sizes and bytes of its pictures, in
-    order. A file is read once: then its hash is remembered by absolute path, size and modification
-    time; in `folder`, if given, for later runs too. Raises VideoError.
+    order, and how many are one second. A file is read once: then its hash is remembered by absolute
+    path, size and modification time; in `folder`, if given, for later runs too. Raises VideoError.
     """
-    path = os.fspath(path)
+    path, fps = folder_and_fps(os.fspath(path))
     if not os.path.exists(path):
         raise VideoError(f"{path}: no such file or folder")
     try:
@@ -53,7 +53,8 @@ def fingerprint(path, folder=""):
         for file in files:
             status = os.stat(file)
             stamps.append((os.path.abspath(file), status.st_size, status.st_mtime_ns))
-        return hash_files(tuple(stamps), is_folder, folder)
+        content = hash_files(tuple(stamps), is_folder, folder)
+        return content if fps is None else sha256(f"{content} at {fps}")
     except OSError as e:
         raise VideoError(f"{path}: cannot be read ({e.strerror})") from e
 

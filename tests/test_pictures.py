@@ -2,13 +2,19 @@
 
 Folders of pictures, single pictures and animations, which are made here.
 """
+import json
+from pathlib import Path
+
+import av
 import numpy as np
 import pytest
 from PIL import Image
 from test_video import H, W, fails, numbers, paint
 
+import data
 from flow import VideoError
 from plumbing.pictures import list_pictures
+from plumbing.ranks import say_once
 from plumbing.video import open_file, read_video
 
 
@@ -44,6 +50,66 @@ def test_animated_picture_keeps_its_durations(tmp_path, name, options):
     assert np.abs(everything.astype(int) - expected[[1, 2, 2, 4]]).max() <= 8  # gif: 256 colours
     for lo in range(4):
         assert np.array_equal(video.read(lo, 4), everything[lo:])
+
+
+def drawn_over(images, disposal):
+    """What a browser shows of frames that are drawn over what is there. -> uint8 [n, 30, 40, 3]"""
+    canvas = Image.new("RGBA", images[0].size, (0, 0, 0, 0))
+    ground = Image.new("RGBA", images[0].size, "black")
+    shown = []
+    for image in images:
+        before = canvas.copy()
+        canvas = Image.alpha_composite(canvas, image)
+        shown.append(np.asarray(Image.alpha_composite(ground, canvas).convert("RGB")))
+        if disposal == 1:                                  # the background
+            canvas = Image.new("RGBA", canvas.size, (0, 0, 0, 0))
+        if disposal == 2:                                  # the frame before
+            canvas = before
+    return np.stack(shown)
+
+
+@pytest.mark.parametrize("disposal", [0, 1, 2])
+@pytest.mark.parametrize("default", [False, True], ids=["", "default"])
+def test_animated_png_is_shown_as_a_browser_does(tmp_path, disposal, default):
+    """The bugs, through pillow: another picture under "dispose previous", and the default one, for
+    viewers that do not animate, counted as a frame."""
+    images, _ = squares(6)
+    frames = [Image.fromarray(paint(0)).resize((40, 30)).convert("RGBA")] * default + images
+    path = tmp_path / "a.png"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, blend=1,
+                   disposal=disposal, default_image=default)
+    expected = drawn_over(images, disposal)
+    video = open_file(path, 9)
+    everything = video.read(0, video.frames)
+    assert np.array_equal(everything, expected)
+    for lo in reversed(range(6)):
+        assert np.array_equal(video.read(lo, lo + 1)[0], expected[lo])
+
+
+def test_a_real_animated_png_under_dispose_previous():
+    path = Path(__file__).resolve().parent.parent.parent / "shared/cases/video/iss634.apng"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    video = open_file(path, 1000)
+    everything = video.read(0, 41)
+    with av.open(str(path)) as film:
+        shown = [frame.to_ndarray(format="rgba").astype(int) for frame in film.decode(video=0)]
+    shown = [(rgba[..., :3] * rgba[..., 3:] + 127) // 255 for rgba in shown]
+    assert np.array_equal(everything, shown)
+    for lo in reversed(range(41)):
+        assert np.array_equal(video.read(lo, lo + 1)[0], everything[lo])
+
+
+def test_animated_avif_is_all_its_frames(tmp_path):
+    """The bug: FFmpeg gave one."""
+    images, expected = squares(5)
+    path = tmp_path / "a.avif"
+    images[0].save(path, save_all=True, append_images=images[1:], duration=200, quality=100,
+                   subsampling="4:4:4")
+    video = open_file(path, 9)
+    assert video.frames == 5 and video.seconds == pytest.approx(0.2)
+    assert np.abs(video.read(0, 5).astype(int) - expected).max() <= 8
+    assert np.array_equal(video.read(3, 4)[0], video.read(0, 5)[3])
 
 
 def test_gif_of_equal_durations_gives_each_frame_once(tmp_path):
@@ -88,6 +154,52 @@ def test_folder_of_two_sizes_or_with_a_broken_picture(tmp_path):
         open_file(tmp_path / "sizes", 2)
 
 
+def test_the_rate_of_a_folder_is_its_samples(tmp_path, capsys):
+    """The bug: always one picture a second, silently, so that times were off ten times."""
+    folder = tmp_path / "clips/bird"
+    folder.mkdir(parents=True)
+    for i in range(12):
+        Image.fromarray(paint(i)).save(folder / f"{i}.png")
+    record = {"video": "clips/bird", "question": "How many?", "answer": "2"}
+    rates = [{"fps": 10}, {}, {"fps": 0.5}, {"fps": 10.0}]
+    lines = [json.dumps(record | rate) for rate in rates]
+    lines.append(json.dumps(record | {"video": "clips/bird.mp4", "fps": 10}))
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    *samples, film = data.load(str(tmp_path / "q.jsonl"))
+    assert film.video == str(tmp_path / "clips/bird.mp4")  # a film knows its times
+    seconds = [data.open_video(sample.video, 4).seconds for sample in samples]
+    assert seconds == pytest.approx([0.3, 3, 6, 0.3])
+    assert numbers(data.read_video(samples[0].video, 4)[0]) == [1, 4, 7, 10]
+    capsys.readouterr()
+    say_once.cache_clear()
+    for _ in range(2):
+        read_video(folder, 4)
+    assert capsys.readouterr().out.count('no field "fps"') == 1
+
+    contents = [data.fingerprint(sample.video) for sample in samples]
+    assert contents[0] == contents[3] and len(set(contents)) == 3      # seconds are cached too
+    for fraction in (0.1, 0.3, 0.5, 0.7, 0.9):             # all on one side
+        assert len({data.is_held_out(sample.video, fraction) for sample in samples}) == 1
+
+
+@pytest.mark.parametrize("fps", [0, -1, "ten", True, float("inf"), [10]])
+def test_a_rate_that_is_none_is_refused(tmp_path, fps):
+    (tmp_path / "bird").mkdir()
+    record = {"video": "bird", "question": "How many?", "answer": "2", "fps": fps}
+    (tmp_path / "q.jsonl").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="q.jsonl, line 1: .*fps"):
+        data.load(str(tmp_path / "q.jsonl"))
+
+
+def test_a_folder_whose_name_ends_like_a_rate(tmp_path):
+    (tmp_path / "bird@10fps").mkdir()
+    for i in range(4):
+        Image.fromarray(paint(i)).save(tmp_path / f"bird@10fps/{i}.png")
+    assert open_file(tmp_path / "bird@10fps", 4).seconds == 1.0
+    assert open_file(f"{tmp_path / 'bird@10fps'}@4fps", 4).seconds == 0.25
+    fails(tmp_path / "gone@10fps", "no such file or folder")
+
+
 def test_folder_without_pictures(tmp_path):
     fails(tmp_path, "no pictures")
 
@@ -118,6 +230,15 @@ def test_picture(tmp_path):
     Image.fromarray(paint(3)[..., 0]).save(tmp_path / "gray.png")
     gray = np.repeat(paint(3)[..., :1], 3, axis=2)
     assert np.array_equal(read_video(tmp_path / "gray.png", 1)[0][0], gray)
+
+
+@pytest.mark.parametrize("size", [(2, 450), (450, 2), (1, 201)])
+def test_a_picture_too_narrow_for_a_model_is_an_error_of_its_own(tmp_path, size):
+    """The bug: it ended the run, unnamed, and again at every restart."""
+    Image.new("RGB", size).save(tmp_path / "narrow.png")
+    fails(tmp_path / "narrow.png", "differ more than 200 times")
+    Image.new("RGB", (1, 200)).save(tmp_path / "just.png")
+    assert read_video(tmp_path / "just.png", 1)[0].shape == (1, 200, 1, 3)
 
 
 def test_a_broken_picture_and_one_of_more_than_8_bits(tmp_path):

@@ -21,7 +21,7 @@ from test_cache import ENV, change_byte, clip
 
 import data
 from flow import VideoError
-from plumbing import store, video
+from plumbing import film, store, video
 from plumbing.frames import resize
 
 
@@ -243,16 +243,16 @@ def test_threads_read_ahead_and_the_rank_does_not(tmp_path, ahead, monkeypatch):
     """Every piece is decoded once, a video in one thread; what the cache has is not even opened."""
     paths = [clip(tmp_path / f"{i}.mp4", i) for i in range(3)]
     reads = []
-    real = video.read_film
+    real = film.read_film
 
-    def read_film(path, *rest):
-        reads.append((path, threading.current_thread()))
-        real(path, *rest)
+    def read_film(opened, *rest):
+        reads.append((opened.path, threading.current_thread()))
+        real(opened, *rest)
 
     def name(path):
         return None if path == paths[1] else data.fingerprint(path)
 
-    monkeypatch.setattr(video, "read_film", read_film)
+    monkeypatch.setattr(film, "read_film", read_film)
     ahead.start(paths, name, in_fours, own_size)
     settle(ahead)
     for path in (paths[0], paths[2]):

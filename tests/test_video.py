@@ -14,7 +14,8 @@ from PIL import Image
 
 import data
 from flow import VideoError
-from plumbing import video as videos
+from plumbing import film as films
+from plumbing.containers import ffmpeg_log
 from plumbing.video import open_file, read_video
 
 H, W = 48, 64
@@ -163,21 +164,22 @@ def test_decoding_begins_at_the_keyframe_before_the_first_wanted_frame(tmp_path,
     """Keyframes are 8 frames apart, so that a late slice does not decode the film from its start.
     Where a seek finds nothing, as in a format without an index, that is done after all."""
     video = open_file(clip(tmp_path / "a.mkv"), 40)
-    real = videos.decode
+    real = films.packets_from
     starts = []
     seek_works = True
 
-    def decode(path, index, start, chosen, out):
-        starts.append(index.frame_ids.tolist().index(start))
+    def packets_from(film, container, stream, number):
+        starts.append(film.ids.tolist().index(number))
         if starts[-1] > 0 and not seek_works:
-            return 0
-        return real(path, index, start, chosen, out)
+            return iter([])
+        return real(film, container, stream, number)
 
-    monkeypatch.setattr(videos, "decode", decode)
-    assert numbers(video.read(19, 21)) == [19, 20] and starts == [16]
+    monkeypatch.setattr(films, "packets_from", packets_from)
+    assert numbers(video.read(19, 21)) == [19, 20]
+    assert starts == [0, 16]                               # 0: the first frame, and no more
     starts.clear()
     seek_works = False
-    assert numbers(video.read(19, 21)) == [19, 20] and starts == [16, 0]
+    assert numbers(video.read(19, 21)) == [19, 20] and starts == [0, 16, 0]
 
 
 def test_old_x264_444_is_read_right_after_a_seek(tmp_path):
@@ -354,14 +356,14 @@ def test_threads_that_collect_errors_do_not_lower_each_others_log_level():
     levels = []
 
     def first():
-        with videos.ffmpeg_log():
+        with ffmpeg_log():
             first_inside.set()
             first_ended.wait(0.2)                          # meanwhile the second tries to enter
         first_ended.set()
 
     def second():
         first_inside.wait(10)
-        with videos.ffmpeg_log():
+        with ffmpeg_log():
             first_ended.wait(10)
             levels.append(av.logging.get_level())
 
