@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from flow import PromptError, VideoError
+from flow import VideoError
 from plumbing import command_line
 from plumbing.checkpoints import load_without_weights
 from plumbing.families import tokenize, vision_width
@@ -163,7 +163,7 @@ def print_lengths(c, samples, videos, vlm):
             prompt = prompt_without_vision(model, tokenizer, sample, video, vlm)
             lengths.append(len(prompt.ids))
             vlm.check_length(model, prompt, room, c.vllm_length)
-        except (VideoError, PromptError) as e:
+        except ValueError as e:            # as in `data.make_prompts`
             dropped[sample.id] = str(e)
     if lengths:
         limit = model.config.text_config.max_position_embeddings
