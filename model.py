@@ -336,7 +336,7 @@ def forward(model, attention, ids, positions, visions, prefix, ranks):
     pads, features = vision_at(model, ids, [vision[:, D:] for vision in visions], columns)
     hidden = model.model.language_model(
         inputs_embeds=embeds, position_ids=positions[:, :, columns], use_cache=False,
-        attention=attention, **families.deepstack(pads, features, D)).last_hidden_state
+        attention=attention, **families.deepstack(model.config, pads, features)).last_hidden_state
     local = torch.full((ids.shape[1],), -1, device=ids.device)
     local[columns] = torch.arange(len(columns), device=ids.device)
     return hidden, local

@@ -83,14 +83,19 @@ def vision_width(tower_config):
     return tower_config.out_hidden_size * (1 + deepstack_levels(tower_config))
 
 
-def deepstack(pads, features, D):
+def deepstack(config, pads, features):
     """The features that Qwen3-VL adds to the hidden states of the vision tokens after its first n
-    layers, as its language model takes them. -> {} if n is 0
+    layers, as its language model takes them. -> {} if n is 0. Raises ValueError for other widths.
 
     They stand behind a token's own D features: whatever shards, gathers, keeps or moves vision
     tokens need not know of them. pads: bool [B,s], where the v tokens stand; features: [v,n*D].
     """
-    if not features.shape[1]:
+    D = config.text_config.hidden_size
+    levels = deepstack_levels(config.vision_config)
+    if features.shape[1] != levels * D:
+        raise ValueError(f"vision tokens with {features.shape[1]} features of deepstack, not "
+                         f"{levels} x {D}")
+    if not levels:
         return {}
     return {"visual_pos_masks": pads, "deepstack_visual_embeds": features.split(D, dim=1)}
 

@@ -38,6 +38,7 @@ from transformers.models.glm4v.video_processing_glm4v import smart_resize as sma
 from transformers.models.glm46v.processing_glm46v import Glm46VProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as qwen3_resize
 from transformers.video_utils import VideoMetadata
 from worlds import World
 
@@ -173,6 +174,19 @@ def test_glm_frame_size_equals_transformers_smart_resize(least, most):
             frame_size(h, w, px, 4)
         with pytest.raises(ValueError):
             right(4, h, w)
+
+
+@pytest.mark.parametrize("least, most", [
+    (128 * 32 * 32, 768 * 32 * 32), (4096, 25165824), (900 * 32 * 32, 2000 * 32 * 32)])
+def test_qwen3_frame_size_equals_transformers_smart_resize(least, most):
+    """transformers' own bounds, published ones, narrow ones; odd and even numbers of frames."""
+    px, draw = replace(glm_pixels(least, most), patch=16), np.random.default_rng(1)
+    cases = [(2, 32, 32), (3, 16, 40), (5, 56, 57), (64, 720, 1280), (512, 1080, 1920)]
+    cases += zip(draw.integers(2, 70, 300), draw.integers(8, 900, 300), draw.integers(8, 900, 300))
+    for n, h, w in cases:
+        n, h, w = int(n), int(h), int(w)
+        right = qwen3_resize(n, h, w, 2, 32, least, most)
+        assert frame_size(h, w, px, n) == right, (n, h, w)
 
 
 def test_a_bound_on_one_frame_holds_beside_glms_own():
@@ -471,7 +485,7 @@ def test_controls_of_the_packed_forward(loaded):
 
         main, first, second = prompt.vision.split(128, dim=1)
         assert off(prompt.vision) < 1e-5
-        assert off(main) > 0.1
+        assert off(torch.cat([main, 0 * first, 0 * second], dim=1)) > 0.1
         assert off(torch.cat([main, second, first], dim=1)) > 0.01
         assert off(torch.cat([main, first.flip(0), second], dim=1)) > 0.01
 
@@ -481,6 +495,10 @@ def test_a_cache_entry_without_its_deepstack_part_is_refused(loaded):
     vision, *about = vlm.encode_video(model, lambda: film(3), ALONE)
     with pytest.raises(ValueError, match="vision tokens of 128 features, not 384"):
         vlm.make_prompt(model, tokenizer, "Where?", vision[:, :128], *about)
+    prompt = vlm.make_prompt(model, tokenizer, "Where?", vision, *about)
+    prompt.vision = vision[:, :256]                        # fetched again, later
+    with pytest.raises(ValueError, match="with 128 features of deepstack, not 2 x 128"):
+        vlm.logprobs(model, [prompt], [[torch.tensor([3, 4])]], vlm.banned_ids(model, tokenizer))
 
 
 def test_recomputed_layers_change_nothing(loaded, family):
