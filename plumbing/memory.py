@@ -19,7 +19,7 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from plumbing.families import vision_width
+from plumbing.families import FAMILIES, vision_width
 from plumbing.shapes import QWEN3_SHAPES, SHAPES
 
 HEAD_CHUNK = 2048          # model.logprobs: positions that go through the head at once
@@ -199,6 +199,13 @@ def vision_tokens(config, frames, size):
     return temporal_patches * tokens_a_side ** 2
 
 
+def text_tokens(config, frames):
+    """About how many tokens of a prompt are not vision tokens: a question, and the times."""
+    if not FAMILIES[config.model_type].clock:
+        return 64
+    return 64 + 10 * -(-frames // config.vision_config.temporal_patch_size)
+
+
 def memory(config, frames, size, group, completion, dtype=torch.bfloat16, sp=1, checkpointing=0,
            shards=1, text=64):
     """Bytes on one rank in a GRPO step on one video. -> {part: bytes}
@@ -341,7 +348,7 @@ def memory_table(config, frames, sp, size, group, completion, checkpointing, sha
     header, lines = "", []
     for ranks, n in product(sp, frames):
         part = memory(config, n, size, group, completion, sp=ranks, checkpointing=checkpointing,
-                      shards=shards)
+                      shards=shards, text=text_tokens(config, n))
         header = "frames sp " + " ".join(part)
         line = f"{n:>6} {ranks:>2}"
         for name, number in part.items():
