@@ -23,7 +23,7 @@ own, so that its peak memory is its own.
   --model=3b, 7b    Qwen2.5-VL in its real shapes, with random weights made on the device: for
                     speed and memory, without a download
   --memory=7b       no step: the memory that each part of one takes on a GPU, in bfloat16, by
-                    --frames and --sp; also 3b, 9b (GLM-4.1V), tiny, or a checkpoint directory
+                    --frames and --sp; also 2b, 4b, 8b (Qwen3-VL), 9b (GLM), tiny, a directory
 
     python bench.py --model=3b --frames=64,256 --size=308 --completion=512 --checkpointing=1 \\
         --variant=shared --sp=1

@@ -23,12 +23,14 @@ from plumbing.tiny import build_tiny
 
 ROOT = Path(bench.__file__).parent
 HEADS = {"Qwen/Qwen2.5-VL-3B-Instruct": (16, 2), "Qwen/Qwen2.5-VL-7B-Instruct": (28, 4),
-         "zai-org/GLM-4.1V-9B-Thinking": (32, 2)}
+         "zai-org/GLM-4.1V-9B-Thinking": (32, 2), "zai-org/GLM-4.6V-Flash": (32, 2),
+         "Qwen/Qwen3-VL-2B-Instruct": (16, 8), "Qwen/Qwen3-VL-4B-Instruct": (32, 8),
+         "Qwen/Qwen3-VL-8B-Instruct": (32, 8)}
 # How many commands each shows: a pattern that finds none would test nothing.
 PAGES = [("train.py", 1), ("bench.py", 4), ("evaluate.py", 2), ("rollout.py", 1), ("toy.py", 1),
          ("README.md", 5), ("docs/gpu.md", 9), ("docs/data.md", 2), ("docs/evaluation.md", 3),
-         ("docs/evidence.md", 2), ("docs/speed.md", 2), ("docs/speed_log.md", 7),
-         ("docs/toy.md", 2), ("data.py", 1)]
+         ("docs/evidence.md", 2), ("docs/models.md", 8), ("docs/speed.md", 2),
+         ("docs/speed_log.md", 7), ("docs/toy.md", 2), ("data.py", 1)]
 
 
 def commands(text, script):

@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 import worlds
 from PIL import Image
-from runs import same
+from runs import alone, metrics, same
 from safetensors.torch import load_file, save_file
 from small import answers, film, frames, thinker
-from tiny_families import KINDS, build, is_glm, tiny_glm, tiny_qwen3
+from tiny_families import KINDS, build, is_glm, tiny, tiny_glm, tiny_qwen3
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -490,6 +490,20 @@ def test_controls_of_the_packed_forward(loaded):
         assert off(torch.cat([main, first.flip(0), second], dim=1)) > 0.01
 
 
+def test_deepstack_and_the_number_of_frames_go_through_the_cache(loaded, tmp_path):
+    """From memory and from disk: the same tokens, and the same prompt, of an odd number too."""
+    model, tokenizer = loaded["qwen3_vl"]
+    video = film(5)
+    fresh = vlm.encode_video(model, lambda: video, ALONE)
+    caches = [encode.Cache(folder=str(tmp_path)) for _ in range(2)]
+    right = vlm.make_prompt(model, tokenizer, "Where?", *fresh)
+    for cache in (caches[0], caches[0], caches[1]):
+        entry = cache.get("k", lambda: vlm.encode_video(model, lambda: video, ALONE))
+        assert same(entry, fresh) and entry[0].shape[1] == 3 * 128
+        prompt = vlm.make_prompt(model, tokenizer, "Where?", *entry)
+        assert torch.equal(prompt.ids, right.ids)
+
+
 def test_a_cache_entry_without_its_deepstack_part_is_refused(loaded):
     model, tokenizer = loaded["qwen3_vl"]
     vision, *about = vlm.encode_video(model, lambda: film(3), ALONE)
@@ -855,6 +869,24 @@ def test_experts_are_saved_as_they_are_published(saved, loaded):
     assert torch.equal(qwen[layer + "gate_up_proj"], stacked.gate_up_proj.transpose(1, 2))
     assert torch.equal(qwen[layer + "down_proj"], stacked.down_proj.transpose(1, 2))
     assert qwen[layer + "gate_up_proj"].shape == (4, 128, 2 * 48)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "glm46v"])
+def test_train_learns_from_a_checkpoint_with_random_weights(kind, tmp_path):
+    """The cold start's loss is halved, RL has a signal, sampler and trainer agree, and the run's
+    own checkpoint is read again."""
+    path, out = str(tmp_path / "start"), str(tmp_path / "out")
+    vlm.save(*tiny(kind), path)
+    alone(model=path, data="toy:plot", out_dir=out, frames=6, sft_steps=25, sft_batch=8, rl_steps=3,
+          prompts_per_step=8, think_budget=24, answer_budget=16, eval_every=0, save_every=100)
+    rows = metrics(out)
+    losses = [row["loss"] for row in rows if row["stage"] == "sft" and "loss" in row]
+    assert losses[-1] < losses[0] / 2
+    learning = [row for row in rows if row["stage"] == "rl"]
+    assert sum(row["valid_groups"] for row in learning) > 0
+    assert all(row["sampler_gap_max"] < 1e-4 for row in learning)
+    model, _ = vlm.load(os.path.join(out, "model"))
+    assert model.family.processor == KINDS[kind]
 
 
 # --------------------------------------------------------------------------------------------------
