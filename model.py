@@ -21,17 +21,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 import encode
 from flow import Pixels, Prompt, PromptError, Ranks  # noqa: F401  Pixels is found here too
-from plumbing import families
-from plumbing.checkpoints import cast_parameters, load_pretrained
-from plumbing.checkpoints import save_pretrained as save  # noqa: F401  its name for callers
-from plumbing.families import banned_ids, frame_size, stop_ids, vision_pad  # noqa: F401  same
+from plumbing import checkpoints, families
+from plumbing.families import banned_ids, frame_size, stop_ids, vision_pad  # noqa: F401
 from plumbing.frames import resize
 from plumbing.sharding import one_forward
-from plumbing.tiny import build_tiny
-from plumbing.tower_attention import FRAMES_ATTENTION
 
 ALONE = Ranks()
-check_length = families.check_length       # its name for callers
+load = checkpoints.load                    # names for callers
+save = checkpoints.save_pretrained
+ATTENTION = checkpoints.ATTENTION
+check_length = families.check_length
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,7 +185,6 @@ def call_attention(module, query, key, value, attention_mask, attention, scaling
 AttentionInterface.register("attention_object", call_attention)
 # transformers makes no mask: an attention object has its own.
 AttentionMaskInterface.register("attention_object", lambda *args, **kwargs: None)
-ATTENTION = {"text_config": "attention_object", "vision_config": FRAMES_ATTENTION}
 
 
 class Packed:
@@ -399,24 +397,3 @@ def token_distribution(model, hidden, banned):
     """The one distribution of sampler and trainer. hidden [m,D] -> float32 log-probs [m,vocab]"""
     logits = model.get_output_embeddings()(hidden).float()
     return logits.masked_fill(banned, -math.inf).log_softmax(dim=1)
-
-
-def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
-    """A model and its tokenizer. -> (model, tokenizer)
-
-    name: "tiny", a Hugging Face checkpoint directory or a hub name; max_pixels, if not 0: lowers
-    the checkpoint's own bound on a frame; seed: of the tiny model's weights. The model gains
-    `model.pixels`. Raises ValueError if the checkpoint cannot be read.
-    """
-    if name == "tiny":
-        model, tokenizer, pixels = build_tiny(seed)
-    else:
-        model, tokenizer, pixels = load_pretrained(name, dtype)
-    if max_pixels:
-        pixels.max_pixels = min(max_pixels, pixels.max_pixels)
-        pixels.min_pixels = min(max_pixels, pixels.min_pixels)
-    model.pixels = pixels
-    model.set_attn_implementation(ATTENTION)
-    model.to(device).eval()                                # no dropout, in training either
-    cast_parameters(model, dtype)
-    return model, tokenizer

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -20,12 +21,38 @@ from transformers.utils import logging
 
 from plumbing.families import FAMILIES, family_of, read_family, read_pixels
 from plumbing.tiny import build_tiny
+from plumbing.tower_attention import FRAMES_ATTENTION
 
 logging.disable_progress_bar()          # train.py's bar is enough
 
 
+# Of the language model: `model.call_attention`.
+ATTENTION = {"text_config": "attention_object", "vision_config": FRAMES_ATTENTION}
+
+
 # --------------------------------------------------------------------------------------------------
 # loading
+
+def load(name, device="cpu", dtype=torch.float32, max_pixels=0, seed=0):
+    """A model and its tokenizer. -> (model, tokenizer)
+
+    name: "tiny", a Hugging Face checkpoint directory or a hub name; max_pixels, if not 0: lowers
+    the checkpoint's own bound on a frame; seed: of the tiny model's weights. The model gains
+    `model.pixels`. Raises ValueError if the checkpoint cannot be read.
+    """
+    if name == "tiny":
+        model, tokenizer, pixels = build_tiny(seed)
+    else:
+        model, tokenizer, pixels = load_pretrained(name, dtype)
+    if max_pixels:
+        pixels.max_pixels = min(max_pixels, pixels.max_pixels)
+        pixels.min_pixels = min(max_pixels, pixels.min_pixels)
+    model.pixels = pixels
+    model.set_attn_implementation(ATTENTION)
+    model.to(device).eval()                                # no dropout, in training either
+    cast_parameters(model, dtype)
+    return model, tokenizer
+
 
 def load_pretrained(name, dtype):
     """A checkpoint of a known family. -> (model, tokenizer, `Pixels`)
