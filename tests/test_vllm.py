@@ -309,7 +309,7 @@ def test_the_options_of_a_gpu_are_ones_that_vllm_has(engine, ours, folder, monke
     memory; chunked prefill and the size of blocks are vLLM's own choice there."""
     from vllm import EngineArgs
     monkeypatch.setattr(engine, "cuda", True)
-    options = engine.options(ours[0], ALONE, 5000, 0.4, engine.modality == "image")
+    options = engine.options(ours[0], ALONE, 5000, 0.4)
     given, chosen = EngineArgs(model=folder, **options), EngineArgs(model=folder)
     assert given.enable_sleep_mode and not given.enforce_eager
     assert given.gpu_memory_utilization == 0.4
