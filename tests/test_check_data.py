@@ -16,6 +16,7 @@ from tiny_families import KINDS, build
 
 import data
 import model as vlm
+import rewards
 import rollout
 from plumbing import check_data, checkpoints
 
@@ -147,6 +148,7 @@ def test_nothing_left_to_train_on_is_a_failure(tmp_path, monkeypatch, capsys, qu
 
 
 def test_the_users_own_verifiers_count(tmp_path, monkeypatch, capsys, questions):
+    monkeypatch.setattr(rewards, "VERIFIERS", dict(rewards.VERIFIERS))
     (tmp_path / "mine.py").write_text("def judge(predicted, answer): return 1.0")
     path = write(tmp_path, "q.jsonl", {**questions[0], "options": None, "domain": "poetry"})
     status = command(monkeypatch, DATA, path)

@@ -149,9 +149,9 @@ def tied(ranks, folder):
     sharding.shard_parameters(model, ranks)
     learn(run_of(model, tokenizer, ranks), [group_of(ranks.rank, model, tokenizer)], 4)
     norm = update(model, make_optimizer(model, 1e-2), 1e-2, ranks)
-    engine = Reader()                                      # on a rank without prompts too
-    prompts, keys = ([None], [[(0,)]]) if ranks.rank == 0 else ([], [])
-    rollout(model, tokenizer, prompts, keys, ranks, engine=engine)
+    engine = Reader()                                      # on the rank with nothing to sample too
+    prompt = group_of(0, model, tokenizer).prompt
+    rollout(model, tokenizer, [prompt], [[(0,)]], ranks, engine=engine)
     found = dict(sharding.weights(model))
     assert same(engine.weights, found)
     if ranks.rank == 0:

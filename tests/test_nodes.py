@@ -93,7 +93,7 @@ def test_a_machine_that_dies_ends_the_other_and_both_go_on_when_started_again(tm
         assert result.code == 0, result.err
     assert ended(whole).code == 0
     assert timeless(metrics(out)) == timeless(metrics(tmp_path / "whole"))
-    assert len(metrics(out)) == 13
+    assert len(metrics(out)) == 12
     assert same(weights(out), weights(tmp_path / "whole"))
 
 

@@ -270,10 +270,14 @@ def test_the_helper_of_these_tests_learns_as_the_loop_does(run, tmp_path, monkey
         assert sum(sums[key] for sums in compared) > 0, key
 
 
+def unanswerable(i):
+    return question(i, answer="zebra", domain="open")
+
+
 def test_a_step_without_signal_is_skipped_and_says_so(run, tmp_path, capsys):
-    """No answer is Z: all are equally wrong, some better in form. Form alone is no signal: no bit
-    of the weights moves."""
-    path = write(tmp_path / "q.jsonl", *[question(i, answer="Z") for i in range(6)])
+    """No answer is "zebra": all are equally wrong, some better in form. Form alone is no signal: no
+    bit of the weights moves."""
+    path = write(tmp_path / "q.jsonl", *[unanswerable(i) for i in range(6)])
     out = str(tmp_path / "out")
     alone(**{**run.how, "model": run.model, "data": path, "sft_steps": 0, "rl_steps": 2,
              "out_dir": out})
@@ -334,8 +338,8 @@ def test_a_step_trains_on_the_balanced_groups_and_notes_them_all(run, tmp_path, 
         return real(groups, *rest)
 
     monkeypatch.setattr(batches, "micro_batches", micro_batches)
-    path = write(tmp_path / "q.jsonl", *[question(i, answer="Z" if i < 9 else "A")
-                                         for i in range(12)])
+    path = write(tmp_path / "q.jsonl", *map(unanswerable, range(9)),
+                 *[question(i, answer="A") for i in range(9, 12)])
     alone(**{**run.how, "model": run.model, "data": path, "sft_steps": 0, "rl_steps": 6,
              "eval_every": 0, "prompts_per_step": 2, "updates_per_rollout": 1,
              "oversample_cap": cap, "out_dir": out})
