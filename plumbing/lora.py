@@ -92,8 +92,8 @@ def check_layers(model, layers, rank):
     """Raises ValueError if a linear layer is too small for the rank, or if the model has experts,
     whose stacked weights are no linear layers."""
     if any(".mlp.experts." in name for name, _ in model.named_parameters()):
-        raise ValueError("lora_rank: a mixture of experts has most of its weights in experts, which "
-                         "LoRA does not adapt here; train all weights, with lora_rank = 0")
+        raise ValueError(f"lora_rank = {rank}: a mixture of experts has most of its weights in its "
+                         "experts, which LoRA does not adapt here; train all with --lora_rank=0")
     for name, layer in layers.items():
         most = min(layer.in_features, layer.out_features)
         if rank > most:
@@ -131,8 +131,9 @@ def merged(model, named_parameters):
         if adapted:
             name = f"{layer_name}.{kind}"
         if adapted and kind == "weight":
-            update = model.get_submodule(layer_name).get_delta_weight(NAME)
-            weight = (weight.float() + update).to(weight.dtype)
+            with torch.no_grad():
+                update = model.get_submodule(layer_name).get_delta_weight(NAME)
+                weight = (weight.float() + update).to(weight.dtype)
         yield name, weight
 
 
@@ -193,8 +194,12 @@ def refuse_adapter(name):
     path = os.path.join(name, "adapter_config.json")
     if not os.path.exists(path):
         return
-    with open(path) as f:
-        base = json.load(f).get("base_model_name_or_path")
+    try:
+        with open(path) as f:
+            base = json.load(f)["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "a model that its adapter_config.json does not name"
     above = os.path.dirname(os.path.normpath(name))
+    here = f", {above}" if os.path.exists(os.path.join(above, "config.json")) else ""
     raise ValueError(f"{name} is an adapter of {base}, not a model: give the checkpoint with the "
-                     f"merged weights, {above} if train.py wrote it")
+                     f"merged weights{here}")
