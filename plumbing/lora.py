@@ -61,9 +61,8 @@ def adapt(model, c, checkpoint):
     if not c.lora_rank:
         return
     peft = import_peft()
-    layers = linear_layers(model)
-    check_layers(model, layers, c.lora_rank)
-    kinds = sorted({name.rpartition(".")[2] for name in layers})
+    check_layers(model, c.lora_rank)
+    kinds = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
     options = peft.LoraConfig(
         r=c.lora_rank, lora_alpha=c.lora_alpha, base_model_name_or_path=c.model,
         target_modules=rf"model\.language_model\.layers\..*\.({'|'.join(kinds)})")
@@ -88,13 +87,13 @@ def linear_layers(model):
     return layers
 
 
-def check_layers(model, layers, rank):
+def check_layers(model, rank):
     """Raises ValueError if a linear layer is too small for the rank, or if the model has experts,
     whose stacked weights are no linear layers."""
     if any(".mlp.experts." in name for name, _ in model.named_parameters()):
-        raise ValueError(f"lora_rank = {rank}: a mixture of experts has most of its weights in its "
+        raise ValueError(f"lora_rank = {rank}: a mixture of experts has most of its weights in the "
                          "experts, which LoRA does not adapt here; train all with --lora_rank=0")
-    for name, layer in layers.items():
+    for name, layer in linear_layers(model).items():
         most = min(layer.in_features, layer.out_features)
         if rank > most:
             raise ValueError(f"lora_rank = {rank} is larger than {name}, {layer.in_features} -> "

@@ -1,5 +1,5 @@
 """
-What a GRPO step on one long video costs, computed from the shapes of a model: FLOPs and GPU memory.
+The GPU memory that a GRPO step on one long video needs, computed from the shapes of a model.
 Pure arithmetic: no weights are made and no step is run. The function at the end measures memory.
 
     python bench.py --memory=3b --frames=64,256,1024 --size=308 --completion=512 --sp=1,8
@@ -20,24 +20,25 @@ from transformers import (
 )
 
 from plumbing.families import FAMILIES, vision_width
-from plumbing.lora import linear_layers
+from plumbing.lora import check_layers, linear_layers
 from plumbing.shapes import QWEN3_SHAPES, SHAPES
+from plumbing.tiny import build_tiny
 
 HEAD_CHUNK = 2048          # model.logprobs: positions that go through the head at once
 MASK_CHUNK = 1 << 24       # model.Packed: elements of one attention mask, at most
-# FLOP/s of the SXM boards in bfloat16, without sparsity.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
 # --------------------------------------------------------------------------------------------------
 # shapes
 
-NAMES = (*QWEN3_SHAPES, *SHAPES, "9b")
+NAMES = (*QWEN3_SHAPES, *SHAPES, "9b", "tiny")
 
 
 def read_config(name):
     """The config of a model: 2b, 4b, 8b (Qwen3-VL), 3b, 7b (Qwen2.5-VL), 9b (GLM-4.1V and
-    GLM-4.6V-Flash), or a checkpoint directory."""
+    GLM-4.6V-Flash), tiny, or a checkpoint directory."""
+    if name == "tiny":
+        return build_tiny()[0].config
     if name == "9b":
         return Glm4vConfig()
     if name in QWEN3_SHAPES:
@@ -118,46 +119,21 @@ def empty_model(config):
 
 
 def count_parameters(config, lora_rank=0):
-    """The `Parameters` of a model of this config, counted without allocating them."""
+    """The `Parameters` of a model of this config, counted without allocating them. Raises
+    ValueError if it cannot have adapters of that rank."""
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
     model = empty_model(config)
     tower = count(model.model.visual)
+    if lora_rank:
+        check_layers(model, lora_rank)
     linear = linear_layers(model).values()
     layers = len(model.model.language_model.layers)
     inputs = sum(x.in_features for x in linear)
     outputs = sum(x.out_features for x in linear)
     return Parameters(tower, count(model) - tower, count(model.model.language_model.layers[0]),
                       inputs // layers, len(linear) // layers, lora_rank * (inputs + outputs))
-
-
-# --------------------------------------------------------------------------------------------------
-# FLOPs
-
-def train_flops(config, prompt, group, completion):
-    """FLOPs that forward and backward of a group's packed sequence need at least.
-
-    prompt: P, its tokens; group: G; completion: L, tokens of each. Attention counts only pairs of
-    positions that see each other; recomputed layers count once.
-    """
-    m = sizes(config)
-    places = completion - 1                                # the last token is never read
-    attention_weights = m.hidden * m.head_dim * (2 * m.heads + 2 * m.kv_heads)
-    layer_weights = attention_weights + 3 * m.hidden * m.mlp
-    pairs = prompt ** 2 / 2 + group * (places * prompt + places ** 2 / 2)
-    layer = (prompt + group * places) * layer_weights + 2 * m.heads * m.head_dim * pairs
-    products = m.layers * layer + group * completion * m.hidden * m.vocabulary
-    return 3 * 2 * products        # a multiplication and an addition; the backward is two products
-
-
-def peak_share(flops, seconds, device_name):
-    """The share of a GPU's peak that flops in `seconds` reach; None for a device whose peak is not
-    known."""
-    for name, peak in PEAK_FLOPS.items():
-        if name in device_name:
-            return round(flops / seconds / peak, 4)
-    return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -373,15 +349,15 @@ def gathered_bytes(m, parameters, step):
 # --------------------------------------------------------------------------------------------------
 # the table
 
-def memory_table(config, frames, sp, size, group, completion, checkpointing, shards):
+def memory_table(config, frames, sp, size, group, completion, checkpointing, shards, lora_rank):
     """Text: `memory` in GB, a line for each of the lists sp and frames."""
     title = (f"GB on a rank, bfloat16, G = {group}, L = {completion}, shards = {shards}, "
-             f"checkpointing = {checkpointing}")
+             f"checkpointing = {checkpointing}, LoRA rank = {lora_rank}")
     longest = config.text_config.max_position_embeddings
     header, lines = "", []
     for ranks, n in product(sp, frames):
         part = memory(config, n, size, group, completion, sp=ranks, checkpointing=checkpointing,
-                      shards=shards, text=text_tokens(config, n))
+                      shards=shards, text=text_tokens(config, n), lora_rank=lora_rank)
         header = "frames sp " + " ".join(part)
         line = f"{n:>6} {ranks:>2}"
         for name, number in part.items():

@@ -239,8 +239,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(tuned, tmp_path):
     for rl_steps in (1, 3):
         alone(**{**how, "rl_steps": rl_steps, "eval_every": 0}, out_dir=str(tmp_path / "out"))
     assert same(weights(tmp_path / "out"), weights(out))
-    theirs, ours = [fingerprint(os.path.join(x, "model", "adapter")) for x in (out, tmp_path / "out")]
-    assert theirs == ours
+    adapters = [f"{folder}/model/adapter" for folder in (out, tmp_path / "out")]
+    assert fingerprint(adapters[0]) == fingerprint(adapters[1])
 
 
 def test_ranks_that_share_videos_and_layers_that_are_recomputed_learn_the_same(tuned, tmp_path):
@@ -280,7 +280,7 @@ def test_an_adapter_is_no_model(tuned, tmp_path):
     """transformers would load its base, wherever that is, and put the adapter into it."""
     how, out = tuned
     for name in (f"{out}/model/adapter", f"{out}/model/adapter/"):
-        with pytest.raises(ValueError, match="an adapter of .*/base, not a model.*merged.*out/model$"):
+        with pytest.raises(ValueError, match="an adapter of .*/base, not a model.*out/model$"):
             vlm.load(name)
     shutil.copytree(os.path.realpath(f"{out}/model"), tmp_path / "both")
     shutil.copy(f"{out}/model/adapter/adapter_config.json", tmp_path / "both")
