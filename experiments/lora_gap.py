@@ -81,6 +81,7 @@ def measure(checkpoint, dtype):
 
 
 if __name__ == "__main__":
-    print("| dtype | merging | largest | rounding | largest | both | largest |\n" + "|---" * 7 + "|")
+    print("| dtype | merging | largest | rounding | largest | both | largest |")
+    print("|---|---|---|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
         print(measure(sys.argv[1], dtype), flush=True)
