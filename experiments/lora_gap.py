@@ -56,7 +56,8 @@ def measure(checkpoint, dtype):
     base = options["base_model_name_or_path"]
     c = train.Config(model=base, lora_rank=options["r"], lora_alpha=options["lora_alpha"])
     model, tokenizer = vlm.load(base, dtype=dtype)
-    lora.adapt(model, c, checkpoint)
+    lora.adapt(model, c, None)
+    lora.load_adapter(model, checkpoint)
     merged, _ = vlm.load(base, dtype=dtype)
     merged.load_state_dict(dict(weights(model)), strict=False)
     banned = vlm.banned_ids(model, tokenizer)

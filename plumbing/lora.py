@@ -75,6 +75,7 @@ def adapt(model, c, checkpoint):
     model.base = {"model": c.model, "is_directory": os.path.isdir(c.model),
                   "sum_of_bits": sum_of_bits(model)}
     if checkpoint:
+        check_base(model, checkpoint)
         load_adapter(model, checkpoint)
 
 
@@ -170,14 +171,19 @@ def read_base(checkpoint):
         raise ValueError(f"{path}: missing or damaged ({e})") from e
 
 
-def load_adapter(model, checkpoint):
-    """The adapter of a checkpoint into an adapted model. Raises ValueError if a file is damaged, or
-    if it was trained on other weights."""
+def check_base(model, checkpoint):
+    """Raises ValueError if the adapter of a checkpoint was trained on other weights than those of
+    an adapted model: a link like out/model moves when its own run goes on."""
     base = read_base(checkpoint)
     if base["sum_of_bits"] != model.base["sum_of_bits"]:
         raise ValueError(f"{checkpoint} has an adapter of {model.base['model']}, which has other "
                          "weights now: put the old ones back, or begin a new run from the merged "
                          f"weights with --model={checkpoint} and another --out_dir")
+
+
+def load_adapter(model, checkpoint):
+    """The adapter of a checkpoint into an adapted model. Raises ValueError if its file is missing or
+    damaged."""
     path = os.path.join(checkpoint, FOLDER, FILE)
     try:
         saved = load_file(path)
