@@ -182,8 +182,8 @@ def check_base(model, checkpoint):
 
 
 def load_adapter(model, checkpoint):
-    """The adapter of a checkpoint into an adapted model. Raises ValueError if its file is missing or
-    damaged."""
+    """The adapter of a checkpoint into an adapted model. Raises ValueError if its file is missing
+    or damaged."""
     path = os.path.join(checkpoint, FOLDER, FILE)
     try:
         saved = load_file(path)
