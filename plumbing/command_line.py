@@ -29,6 +29,7 @@ OTHER_NAMES = {
     "warmup_steps": "warmup", "eval_steps": "eval_every", "save_steps": "save_every",
     "use_vllm": "rollout", "loss_type": "loss_average", "gpu_memory_utilization": "vllm_memory",
     "max_model_len": "vllm_length", "bf16": "dtype", "tensor_parallel_size": "sp",
+    "lora_r": "lora_rank", "use_peft": "lora_rank",
 }
 
 

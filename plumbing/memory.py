@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from plumbing.families import FAMILIES, vision_width
-from plumbing.lora import check_layers, linear_layers
+from plumbing.lora import check_layers, linear_layers, refuse_adapter
 from plumbing.shapes import QWEN3_SHAPES, SHAPES
 from plumbing.tiny import build_tiny
 
@@ -39,6 +39,7 @@ def read_config(name):
     GLM-4.6V-Flash), tiny, or a checkpoint directory."""
     if name == "tiny":
         return build_tiny()[0].config
+    refuse_adapter(name)
     if name == "9b":
         return Glm4vConfig()
     if name in QWEN3_SHAPES:

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 
 import peft
@@ -35,6 +36,7 @@ from small import shake, shaken_tiny
 from tiny_families import tiny_qwen3
 from transformers import AutoModelForImageTextToText
 
+import bench
 import model as vlm
 from flow import Ranks
 from plumbing import command_line, lora
@@ -285,6 +287,8 @@ def test_an_adapter_is_no_model(tuned, tmp_path):
     shutil.copytree(os.path.realpath(f"{out}/model"), tmp_path / "both")
     shutil.copy(f"{out}/model/adapter/adapter_config.json", tmp_path / "both")
     refused({**how, "model": str(tmp_path / "both"), "out_dir": tmp_path}, "is an adapter of")
+    with pytest.raises(ValueError, match="an adapter of .*/base, not a model"):
+        bench.run(bench.parse([f"--memory={out}/model/adapter"]))
     (tmp_path / "both" / "adapter_config.json").write_text("{")
     refused({**how, "model": str(tmp_path / "both"), "out_dir": tmp_path}, "is an adapter of")
 
@@ -330,3 +334,21 @@ def test_a_mixture_of_experts_is_refused():
     model, _ = tiny_qwen3("qwen3_vl_moe")
     with pytest.raises(ValueError, match="lora_rank = 4: a mixture of experts"):
         lora.adapt(model, config(model="base", lora_rank=4), None)
+
+
+def test_without_peft_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    model, _ = vlm.load("tiny")
+    with pytest.raises(ValueError, match="lora_rank needs peft: pip install -r requirements.txt"):
+        lora.adapt(model, config(model="base", lora_rank=4), None)
+
+
+@pytest.mark.method
+def test_the_memory_table_takes_adapters_alone(capsys):
+    bench.run(bench.parse(["--memory=3b", "--lora_rank=32", "--frames=64", "--sp=1"]))
+    assert "LoRA rank = 32" in capsys.readouterr().out
+    for wrong in (["--lora_rank=32"], ["--memory=3b", "--lora_rank=32", "--shards=2"]):
+        with pytest.raises(ValueError, match="--lora_rank is for --memory, without --shards"):
+            bench.parse(wrong)
+    with pytest.raises(ValueError, match="lora_rank = 65 is larger than"):
+        bench.run(bench.parse(["--memory=tiny", "--lora_rank=65"]))
