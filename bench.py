@@ -51,7 +51,7 @@ import grpo
 import model as vlm
 import rollout
 from flow import Ranks, Video
-from plumbing import command_line, memory
+from plumbing import command_line, flops, memory
 from plumbing.metrics import Clock, peak_bytes
 from plumbing.optimizer import make_optimizer, update
 from plumbing.plots import bench_table, draw_bench
@@ -87,12 +87,13 @@ class Options:
     plot: str = ""                 # draw seconds per step against frames to this file
     memory: str = ""               # compute the memory of this model instead of running steps
     shards: int = 1                # for --memory: ranks that FSDP shards over (train.py --fsdp)
+    lora_rank: int = 0             # for --memory: train only adapters of this rank
 
 
 ALLOWED = {"variant": VARIANTS, "cache": ("cold", "warm"), "rollout": ("torch", "vllm"),
            "checkpointing": (0, 1), "dtype": ("", "float32", "bfloat16")}
 AT_LEAST = {"frames": 1, "size": 1, "group": 1, "completion": 1, "sp": 1, "threads": 1,
-            "steps": 1, "warmup": 0, "shards": 1}
+            "steps": 1, "warmup": 0, "shards": 1, "lora_rank": 0}
 
 
 def values_of(options, name):
@@ -111,10 +112,12 @@ def parse(arguments):
     for name, least in AT_LEAST.items():
         if min(values_of(options, name)) < least:
             raise ValueError(f"--{name} must be at least {least}")
-    names = (*memory.NAMES, "tiny")
-    if options.memory and options.memory not in names and not os.path.isdir(options.memory):
-        raise ValueError(f"--memory={options.memory}: it is {', '.join(names)} "
+    known = options.memory in memory.NAMES or os.path.isdir(options.memory)
+    if options.memory and not known:
+        raise ValueError(f"--memory={options.memory}: it is {', '.join(memory.NAMES)} "
                          "or a checkpoint directory")
+    if options.lora_rank and (options.shards > 1 or not options.memory):
+        raise ValueError("--lora_rank is for --memory, without --shards")
     if any(options.group % sp for sp in options.sp):
         raise ValueError(f"--group={options.group} is not divisible by every --sp: "
                          "each rank samples its share")
@@ -342,7 +345,7 @@ def measure(row):
     for key in ("seconds", "encode_s", "rollout_s", "train_s"):
         seconds[key] = statistics.median(step[key] for step in steps[row.warmup:])
     # The FLOPs of the shared variants, however often another one makes them.
-    flops = memory.train_flops(work.model.config, last["prompt_tokens"], row.group, row.completion)
+    flop = flops.train_flops(work.model.config, last["prompt_tokens"], row.group, row.completion)
     device = torch.cuda.get_device_name() if ranks.device != "cpu" else "cpu"
     temporal_patches = -(-row.frames // work.model.pixels.temporal)
     return {
@@ -352,8 +355,8 @@ def measure(row):
         "encodes": round(sum(by_rank["temporal_patches"]) / temporal_patches, 3),
         **{key: round(value, 4) for key, value in seconds.items()},
         "saved_mb": round(max(by_rank["saved"]), 1), "peak_mb": round(max(by_rank["peak"]), 1),
-        "device": device, "train_tflop": round(flops / 1e12, 4),
-        "peak_share": memory.peak_share(flops / row.sp, seconds["train_s"], device),
+        "device": device, "train_tflop": round(flop / 1e12, 4),
+        "peak_share": flops.peak_share(flop / row.sp, seconds["train_s"], device),
         "norm": steps[0]["norm"], "gap": max(by_rank["gap"]),
         "lm_by_rank": by_rank["lm_tokens"], "peak_by_rank": by_rank["peak"]}
 
@@ -370,12 +373,9 @@ def run_row(row):
 def run(options):
     """What options ask for: the memory table, or the measured rows."""
     if options.memory:
-        if options.memory == "tiny":
-            config = build_tiny()[0].config
-        else:
-            config = memory.read_config(options.memory)
-        print(memory.memory_table(config, options.frames, options.sp, options.size, options.group,
-                                  options.completion, options.checkpointing, options.shards))
+        print(memory.memory_table(memory.read_config(options.memory), options.frames, options.sp,
+                                  options.size, options.group, options.completion,
+                                  options.checkpointing, options.shards, options.lora_rank))
         return
     rows = []
     try:

@@ -27,7 +27,7 @@ import rewards
 import toy
 from curriculum import Curriculum, balanced, has_signal
 from flow import Group, Ranks, Run
-from plumbing import batches, command_line, metrics
+from plumbing import batches, command_line, lora, metrics
 from plumbing.fetching import fetch_in_rounds, fetch_own, keep
 from plumbing.grades import read_grades
 from plumbing.judges import grade
@@ -72,6 +72,8 @@ class Config:
     checkpointing: bool = False    # recompute layers in the backward: less memory, a fifth slower
     dtype: str = "float32"         # of weights and activations; "bfloat16" on GPUs
     max_tokens: int = 16384        # most positions per forward; a single group may exceed it
+    lora_rank: int = 0             # train adapters of this rank, all else is frozen; 0: train all
+    lora_alpha: int = 32           # adapters are scaled by lora_alpha / lora_rank
     # the video
     frames: int = 32               # frames per video, evenly spaced in time; fewer if it has fewer
     max_pixels: int = 0            # per frame, after resizing; 0: the checkpoint's own bound
@@ -401,8 +403,10 @@ def load_questions(c, say):
 def load_run(c, ranks, say, cache, checkpoint):
     """The model of a checkpoint, or else c.model, and what goes with it. -> `Run`"""
     shard_now = c.fsdp and ranks.world > 1 and c.model != "tiny"
-    model, tokenizer = vlm.load(checkpoint or c.model, "cpu" if shard_now else ranks.device,
+    name = lora.initial_weights(c, checkpoint)
+    model, tokenizer = vlm.load(name, "cpu" if shard_now else ranks.device,
                                 getattr(torch, c.dtype), c.max_pixels, c.seed)
+    lora.adapt(model, c, checkpoint)
     if c.stage2:
         check_heads(model.config.text_config, ranks)
     if shard_now:

@@ -20,6 +20,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from plumbing.families import FAMILIES, family_of, read_family, read_pixels
+from plumbing.lora import is_adapted, refuse_adapter, save_adapter
+from plumbing.sharding import kept_buffers
+from plumbing.sharding import weights as merged_weights
 from plumbing.tiny import build_tiny
 from plumbing.tower_attention import FRAMES_ATTENTION
 
@@ -80,6 +83,7 @@ def read_facts(name):
     """-> a checkpoint's configuration, `Family` and `Pixels`. Raises ValueError."""
     looks_local = name.startswith((".", "/", "out/")) or name.count("/") > 1
     if looks_local or os.path.exists(name):
+        refuse_adapter(name)
         if not os.path.exists(os.path.join(name, "config.json")):
             hint = "; run train.py first" if os.path.normpath(name) == "out/model" else ""
             raise ValueError(f"{name} is no checkpoint: it has no config.json{hint}")
@@ -207,6 +211,10 @@ def try_saving(model, tokenizer, folder):
 def save_pretrained(model, tokenizer, path, weights=None):
     """A checkpoint that transformers and vLLM load as it is: weights, configs, tokenizer and
     preprocessing. weights: {name: tensor}, gathered, if those of the model are sharded."""
+    if is_adapted(model):
+        save_adapter(model, path)
+        if weights is None:                # all merged weights, in host memory
+            weights = {name: w.cpu() for name, w in merged_weights(model)} | kept_buffers(model)
     if has_experts(model):
         weights = published(model, model.state_dict() if weights is None else weights)
         model.save_pretrained(path, state_dict=weights, save_original_format=False)

@@ -29,6 +29,7 @@ OTHER_NAMES = {
     "warmup_steps": "warmup", "eval_steps": "eval_every", "save_steps": "save_every",
     "use_vllm": "rollout", "loss_type": "loss_average", "gpu_memory_utilization": "vllm_memory",
     "max_model_len": "vllm_length", "bf16": "dtype", "tensor_parallel_size": "sp",
+    "lora_r": "lora_rank", "use_peft": "lora_rank",
 }
 
 
@@ -170,6 +171,18 @@ def check_sampling(c, ranks):
                          "and nothing written after it")
 
 
+def check_lora(c, ranks):
+    """Raises ValueError if a train.Config asks for LoRA where there is none."""
+    check_range(c, 0, math.inf, "lora_rank")
+    if c.lora_rank and c.model == "tiny":
+        raise ValueError(f"lora_rank = {c.lora_rank}: a model made from nothing has no weights to "
+                         "adapt; train it first, then give --model=out/model --sft_steps=0 "
+                         f"--lora_rank={c.lora_rank} --out_dir=out-lora")
+    if c.lora_rank and c.fsdp and ranks.world > 1:
+        raise ValueError(f"lora_rank = {c.lora_rank} with fsdp: the frozen weights of LoRA are not "
+                         "sharded; give --fsdp=false, or train all weights with --lora_rank=0")
+
+
 def check_training(c, ranks):
     """Raises ValueError if a train.Config cannot work."""
     check_sampling(c, ranks)
@@ -180,7 +193,8 @@ def check_training(c, ranks):
     check_range(c, 0, math.inf, "align_steps", "sft_steps", "rl_steps", "warmup",
                 "eval_every", "show_every", "lr", "sft_lr", "clip_high")
     check_range(c, 0, 1, "clip_low")
-    check_range(c, 1, math.inf, "oversample_cap")
+    check_range(c, 1, math.inf, "oversample_cap", "lora_alpha")
+    check_lora(c, ranks)
     if c.prompts_per_step % ranks.dp:
         raise ValueError(f"prompts_per_step = {c.prompts_per_step} is not divisible by the "
                          f"{ranks.dp} dp groups")

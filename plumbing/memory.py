@@ -1,5 +1,5 @@
 """
-What a GRPO step on one long video costs, computed from the shapes of a model: FLOPs and GPU memory.
+The GPU memory that a GRPO step on one long video needs, computed from the shapes of a model.
 Pure arithmetic: no weights are made and no step is run. The function at the end measures memory.
 
     python bench.py --memory=3b --frames=64,256,1024 --size=308 --completion=512 --sp=1,8
@@ -20,23 +20,26 @@ from transformers import (
 )
 
 from plumbing.families import FAMILIES, vision_width
+from plumbing.lora import check_layers, linear_layers, refuse_adapter
 from plumbing.shapes import QWEN3_SHAPES, SHAPES
+from plumbing.tiny import build_tiny
 
 HEAD_CHUNK = 2048          # model.logprobs: positions that go through the head at once
 MASK_CHUNK = 1 << 24       # model.Packed: elements of one attention mask, at most
-# FLOP/s of the SXM boards in bfloat16, without sparsity.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
 # --------------------------------------------------------------------------------------------------
 # shapes
 
-NAMES = (*QWEN3_SHAPES, *SHAPES, "9b")
+NAMES = (*QWEN3_SHAPES, *SHAPES, "9b", "tiny")
 
 
 def read_config(name):
     """The config of a model: 2b, 4b, 8b (Qwen3-VL), 3b, 7b (Qwen2.5-VL), 9b (GLM-4.1V and
-    GLM-4.6V-Flash), or a checkpoint directory."""
+    GLM-4.6V-Flash), tiny, or a checkpoint directory."""
+    if name == "tiny":
+        return build_tiny()[0].config
+    refuse_adapter(name)
     if name == "9b":
         return Glm4vConfig()
     if name in QWEN3_SHAPES:
@@ -94,12 +97,19 @@ def sizes(config):
 class Parameters:
     """How many parameters a model has."""
     tower: int             # the vision tower's: frozen
-    trained: int           # all others
+    others: int            # all others: they train, or with LoRA are frozen
     layer: int             # of one decoder layer
+    inputs: int            # features that go into the linear layers of one decoder layer
+    linear: int            # how many those are
+    adapters: int          # of LoRA, in float32; 0 without
+
+    @property
+    def trained(self):
+        return self.adapters or self.others
 
     def outside_layers(self, m):
         """Those of the embeddings, the head and the last norm."""
-        return self.trained - m.layers * self.layer
+        return self.others - m.layers * self.layer
 
 
 def empty_model(config):
@@ -109,42 +119,22 @@ def empty_model(config):
         return AutoModelForImageTextToText.from_config(copy)
 
 
-def count_parameters(config):
-    """The `Parameters` of a model of this config, counted without allocating them."""
+def count_parameters(config, lora_rank=0):
+    """The `Parameters` of a model of this config, counted without allocating them. Raises
+    ValueError if it cannot have adapters of that rank."""
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
     model = empty_model(config)
     tower = count(model.model.visual)
-    return Parameters(tower, count(model) - tower, count(model.model.language_model.layers[0]))
-
-
-# --------------------------------------------------------------------------------------------------
-# FLOPs
-
-def train_flops(config, prompt, group, completion):
-    """FLOPs that forward and backward of a group's packed sequence need at least.
-
-    prompt: P, its tokens; group: G; completion: L, tokens of each. Attention counts only pairs of
-    positions that see each other; recomputed layers count once.
-    """
-    m = sizes(config)
-    places = completion - 1                                # the last token is never read
-    attention_weights = m.hidden * m.head_dim * (2 * m.heads + 2 * m.kv_heads)
-    layer_weights = attention_weights + 3 * m.hidden * m.mlp
-    pairs = prompt ** 2 / 2 + group * (places * prompt + places ** 2 / 2)
-    layer = (prompt + group * places) * layer_weights + 2 * m.heads * m.head_dim * pairs
-    products = m.layers * layer + group * completion * m.hidden * m.vocabulary
-    return 3 * 2 * products        # a multiplication and an addition; the backward is two products
-
-
-def peak_share(flops, seconds, device_name):
-    """The share of a GPU's peak that flops in `seconds` reach; None for a device whose peak is not
-    known."""
-    for name, peak in PEAK_FLOPS.items():
-        if name in device_name:
-            return round(flops / seconds / peak, 4)
-    return None
+    if lora_rank:
+        check_layers(model, lora_rank)
+    linear = linear_layers(model).values()
+    layers = len(model.model.language_model.layers)
+    inputs = sum(x.in_features for x in linear)
+    outputs = sum(x.out_features for x in linear)
+    return Parameters(tower, count(model) - tower, count(model.model.language_model.layers[0]),
+                      inputs // layers, len(linear) // layers, lora_rank * (inputs + outputs))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -160,6 +150,7 @@ class Step:
     itemsize: int          # bytes per weight and per activation
     sp: int                # ranks that share the video
     shards: int            # ranks over which FSDP2 shards what trains
+    lora_rank: int         # 0: all but the tower trains
     checkpointing: bool    # decoder layers are recomputed in the backward
 
     @property
@@ -207,22 +198,24 @@ def text_tokens(config, frames):
 
 
 def memory(config, frames, size, group, completion, dtype=torch.bfloat16, sp=1, checkpointing=0,
-           shards=1, text=64):
+           shards=1, text=64, lora_rank=0):
     """Bytes on one rank in a GRPO step on one video. -> {part: bytes}
 
     frames: of size x size pixels; group: G; completion: L, tokens of each; dtype: of weights and
     activations; sp: ranks that share the video, with stage 2 if there are several;
     checkpointing: decoder layers are recomputed in the backward; shards: ranks over which FSDP2
-    shards what trains, in float32; text: tokens of the prompt that are not vision tokens.
+    shards what trains, in float32; text: tokens of the prompt that are not vision tokens;
+    lora_rank: of the adapters that train alone, 0 if all but the tower trains.
     The last parts are peaks: of the rollout, of forward and backward, of the update, and of the
     whole step.
     """
     m = sizes(config)
-    parameters = count_parameters(config)
+    parameters = count_parameters(config, lora_rank)
     step = Step(vision_tokens(config, frames, size), text, group, completion, dtype.itemsize, sp,
-                shards, bool(checkpointing))
+                shards, lora_rank, bool(checkpointing))
     part = {**parameter_bytes(parameters, step), **cache_bytes(m, step),
-            **activation_bytes(m, step), **temporary_bytes(config, m, step)}
+            **activation_bytes(m, parameters, step),
+            **temporary_bytes(config, m, parameters, step)}
     gathered = gathered_bytes(m, parameters, step)
 
     always = part["weights"] + part["optimizer"] + part["vision"]
@@ -242,11 +235,13 @@ def memory(config, frames, size, group, completion, dtype=torch.bfloat16, sp=1, 
 
 def parameter_bytes(parameters, step):
     """What exists as long as the run, and the gradients. FSDP2 keeps what trains in float32."""
-    a_parameter = 4 / step.shards if step.sharded else step.itemsize
+    in_float32 = step.sharded or step.lora_rank
+    a_parameter = 4 / step.shards if in_float32 else step.itemsize
     moments = 8 / step.shards                              # AdamW's two, in float32
-    float32_copy = 4 if step.itemsize < 4 and not step.sharded else 0
+    float32_copy = 4 if step.itemsize < 4 and not in_float32 else 0
+    frozen = parameters.tower + (parameters.others if step.lora_rank else 0)
     return {
-        "weights": parameters.tower * step.itemsize + parameters.trained * a_parameter,
+        "weights": frozen * step.itemsize + parameters.trained * a_parameter,
         "gradients": parameters.trained * a_parameter,
         "optimizer": parameters.trained * (moments + float32_copy),
     }
@@ -264,11 +259,13 @@ def cache_bytes(m, step):
 
 
 def norm_bytes(features, step):
-    """Saved by a norm over some features: its input in float32, its scale, its normalised input."""
-    return 4 * features + 4 + step.itemsize * features
+    """Saved by a norm over some features: its input in float32, its scale, and, if its weight
+    trains, its normalised input."""
+    normalised = 0 if step.lora_rank else step.itemsize * features
+    return 4 * features + 4 + normalised
 
 
-def layer_bytes(m, step):
+def layer_bytes(m, parameters, step):
     """Saved for the backward by one decoder layer that is not recomputed."""
     into_projections = 2 * m.hidden
     queries_and_outcome = 3 * m.heads * m.head_dim
@@ -276,14 +273,19 @@ def layer_bytes(m, step):
     keys_and_values = 2 * max(m.kv_heads, step.sp) * m.head_dim
     in_mlp = 4 * m.mlp
     numbers = into_projections + queries_and_outcome + keys_and_values + in_mlp
+    adapters = 4 * step.lora_rank * parameters.linear      # what A gives to B, in float32
+    if step.lora_rank and step.itemsize < 4:
+        # Each A has its input in a float32 copy of its own, and nobody else keeps these inputs.
+        numbers -= into_projections + m.heads * m.head_dim + m.mlp
+        adapters += 4 * parameters.inputs
     softmax = 4 * m.heads                                  # its float32 normaliser
     norms = m.norms * norm_bytes(m.hidden, step)
     if m.head_norms:
         norms += (m.heads + m.kv_heads) * norm_bytes(m.head_dim, step)
-    return step.positions * (norms + step.itemsize * numbers + softmax)
+    return step.positions * (norms + step.itemsize * numbers + adapters + softmax)
 
 
-def activation_bytes(m, step):
+def activation_bytes(m, parameters, step):
     """What the forward keeps for the backward, and the masks of the completions' attention."""
     last_norm = step.positions * norm_bytes(m.hidden, step)
     into_head = step.group * step.completion * m.hidden * step.itemsize // step.sp
@@ -291,9 +293,11 @@ def activation_bytes(m, step):
         a_layer = step.positions * m.hidden * step.itemsize
         cosines_and_sines = 0
     else:
-        a_layer = layer_bytes(m, step)
+        a_layer = layer_bytes(m, parameters, step)
         cosines_and_sines = 2 * step.positions * m.head_dim * step.itemsize    # of all layers once
     activations = m.layers * a_layer + last_norm + into_head + cosines_and_sines
+    if step.lora_rank and not step.checkpointing:          # no gradient goes through the first norm
+        activations -= step.positions * norm_bytes(m.hidden, step)
 
     masks = 0                                              # whole on every rank
     rows = max(1, MASK_CHUNK // (step.prefix + step.places))
@@ -303,20 +307,26 @@ def activation_bytes(m, step):
     return {"activations": activations, "masks": masks * step.itemsize}
 
 
-def temporary_bytes(config, m, step):
+def temporary_bytes(config, m, parameters, step):
     """The peaks of temporary tensors."""
+    # LoRA adds what B gives, in float32; in bfloat16 another time, to be scaled.
+    of_adapters = 0
+    if step.lora_rank:
+        of_adapters = m.mlp * (4 if step.itemsize == 4 else 8)
     in_prefill = step.prefix // step.sp * (3 * m.mlp + 4 * m.hidden + 2 * m.head_dim)
     if m.vision > m.hidden:
         # Deepstack's features, and hidden states to which they are added.
         in_prefill += (step.vision * (m.vision - m.hidden) + step.prefix * m.hidden) // step.sp
+    in_prefill = in_prefill * step.itemsize + step.prefix // step.sp * of_adapters
     probabilities = 20 * step.group // step.sp * m.vocabulary                  # of a decoding step
-    layer = step.positions * 2 * (m.mlp - m.hidden) * step.itemsize            # in its backward
+    in_backward = 2 * (m.mlp - m.hidden) * step.itemsize + of_adapters         # of the layer
+    layer = step.positions * in_backward
     if step.checkpointing:
-        layer += layer_bytes(m, step)
-    if config.tie_word_embeddings and not step.sharded:
+        layer += layer_bytes(m, parameters, step)
+    if config.tie_word_embeddings and not step.sharded and not step.lora_rank:
         layer += m.vocabulary * m.hidden * step.itemsize   # head's gradient, until the embeddings'
     return {
-        "sampling": max(in_prefill * step.itemsize, probabilities),
+        "sampling": max(in_prefill, probabilities),
         "head": 12 * step.head_positions * m.vocabulary,   # three float32 copies of the logits
         "layer": layer,
     }
@@ -340,15 +350,15 @@ def gathered_bytes(m, parameters, step):
 # --------------------------------------------------------------------------------------------------
 # the table
 
-def memory_table(config, frames, sp, size, group, completion, checkpointing, shards):
+def memory_table(config, frames, sp, size, group, completion, checkpointing, shards, lora_rank):
     """Text: `memory` in GB, a line for each of the lists sp and frames."""
     title = (f"GB on a rank, bfloat16, G = {group}, L = {completion}, shards = {shards}, "
-             f"checkpointing = {checkpointing}")
+             f"checkpointing = {checkpointing}, LoRA rank = {lora_rank}")
     longest = config.text_config.max_position_embeddings
     header, lines = "", []
     for ranks, n in product(sp, frames):
         part = memory(config, n, size, group, completion, sp=ranks, checkpointing=checkpointing,
-                      shards=shards, text=text_tokens(config, n))
+                      shards=shards, text=text_tokens(config, n), lora_rank=lora_rank)
         header = "frames sp " + " ".join(part)
         line = f"{n:>6} {ranks:>2}"
         for name, number in part.items():

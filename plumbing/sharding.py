@@ -15,6 +15,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from plumbing.lora import merged
+
 
 def shard_parameters(model, ranks):
     """Each rank holds 1/world of every trained parameter, in float32, of its gradient and of its
@@ -73,9 +75,10 @@ def gathered(model):
 
 
 def weights(model, tied=False):
-    """Name and tensor of each parameter: once, or, with tied, under every name that it has. Sharded
-    ones are gathered one at a time while iterating, so all ranks must iterate together."""
-    for name, weight in model.named_parameters(remove_duplicate=not tied):
+    """Name and tensor of each parameter: once, or, with tied, under every name that it has. LoRA's
+    are merged, and sharded ones gathered, one at a time while iterating: all ranks must iterate
+    together."""
+    for name, weight in merged(model, model.named_parameters(remove_duplicate=not tied)):
         weight = weight.detach()
         if isinstance(weight, DTensor):
             weight = weight.to(model.dtype).full_tensor()

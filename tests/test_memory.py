@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from runs import config
 from test_bench import SMALL, make_row
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +17,8 @@ import bench
 import model as vlm
 import rollout
 from flow import Ranks
-from plumbing import memory
+from plumbing import flops, lora, memory
+from plumbing.optimizer import make_optimizer
 from plumbing.vllm_engine import MOST_BANNED
 
 SMALL_SHAPE = {
@@ -84,7 +86,12 @@ def nbytes(tensors):
     ("glm", "float32", {"frames": 8, "size": 56, "group": 8, "completion": 64}),
     ("qwen3", "float32", {"frames": 64, "size": 64, "group": 8, "completion": 64}),
     ("qwen3", "float32",
-     {"frames": 64, "size": 64, "group": 8, "completion": 64, "checkpointing": 1})])
+     {"frames": 64, "size": 64, "group": 8, "completion": 64, "checkpointing": 1}),
+    ("tiny", "float32", {"frames": 64, "size": 112, "group": 8, "completion": 32, "lora_rank": 8}),
+    ("small", "bfloat16",
+     {"frames": 16, "size": 112, "group": 16, "completion": 100, "lora_rank": 32}),
+    ("tiny", "bfloat16", {"frames": 256, "size": 112, "group": 4, "completion": 32,
+                          "checkpointing": 1, "lora_rank": 8})])
 def test_memory_is_what_a_step_takes(name, dtype, other, monkeypatch, tmp_path):
     """Tensors to the byte, what is kept for the backward within 2%, the most at once within 5%."""
     if name in ("glm", "qwen3"):
@@ -96,10 +103,14 @@ def test_memory_is_what_a_step_takes(name, dtype, other, monkeypatch, tmp_path):
     monkeypatch.setitem(memory.SHAPES, "small", SMALL_SHAPE)
     row = make_row("shared", model=name, cache="warm", dtype=dtype, **other)
     work, live, most, attentions = bench.Workload(row, Ranks()), Live(), {}, []
+    if row.lora_rank:
+        lora.adapt(work.model, config(model="base", lora_rank=row.lora_rank), None)
+        work.optimizer = make_optimizer(work.model, bench.LR)
     prompt = work.prompt()
     computed = memory.memory(
         work.model.config, row.frames, row.size, row.group, row.completion, getattr(torch, dtype),
-        checkpointing=row.checkpointing, text=len(prompt.ids) - len(prompt.vision))
+        checkpointing=row.checkpointing, text=len(prompt.ids) - len(prompt.vision),
+        lora_rank=row.lora_rank)
 
     class Kept(rollout.SharedPrefix):
         def __init__(self, *args):
@@ -123,7 +134,8 @@ def test_memory_is_what_a_step_takes(name, dtype, other, monkeypatch, tmp_path):
     moments = []
     for state in work.optimizer.state.values():
         moments += [x for x in state.values() if x.ndim]
-    in_float32 = nbytes(copies) if dtype != "float32" else 0
+    copied = dtype != "float32" and not row.lora_rank
+    in_float32 = nbytes(copies) if copied else 0
     assert computed["optimizer"] == nbytes(moments) + in_float32
     trained = [p for p in work.model.parameters() if p.requires_grad]
     assert computed["gradients"] == nbytes(trained)
@@ -207,10 +219,10 @@ def test_train_flops_are_those_of_the_matrices():
     pairs = P ** 2 / 2 + G * ((L - 1) * P + (L - 1) ** 2 / 2)
     attention = 3 * 2 * m.layers * 2 * m.heads * m.head_dim * pairs
     head_again = 2 * G * L * m.hidden * m.vocabulary
-    flops = memory.train_flops(work.model.config, P, G, L)
-    assert flops - attention + head_again == pytest.approx(counted, rel=0.01)
+    flop = flops.train_flops(work.model.config, P, G, L)
+    assert flop - attention + head_again == pytest.approx(counted, rel=0.01)
 
 
 def test_the_share_of_a_peak_is_known_for_named_gpus_alone():
-    assert memory.peak_share(989e12, 2.0, "NVIDIA H100 80GB HBM3") == 0.5
-    assert memory.peak_share(989e12, 2.0, "cpu") is None
+    assert flops.peak_share(989e12, 2.0, "NVIDIA H100 80GB HBM3") == 0.5
+    assert flops.peak_share(989e12, 2.0, "cpu") is None

@@ -23,7 +23,7 @@ import evaluate
 import model as vlm
 import rollout
 from flow import Ranks, Run
-from plumbing import sharding
+from plumbing import lora, sharding
 from plumbing.families import vision_width
 from plumbing.metrics import check_gap
 from plumbing.optimizer import count_update, update
@@ -255,6 +255,24 @@ def test_new_weights_take_effect_and_nothing_of_the_old_ones_serves(engine, ours
         for n, p in model.named_parameters():
             p.copy_(kept[n])
     count_update(model)
+
+
+def test_adapters_reach_vllm_merged(engine, ours, folder, prompts):
+    """LoRA: vLLM has the weights' own names alone. A layer is merged when vLLM asks for it."""
+    model, tokenizer = vlm.load(folder)
+    adapters = SimpleNamespace(model=folder, lora_rank=4, lora_alpha=8, seed=0)
+    lora.adapt(model, adapters, None)
+    noise = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=noise) * 0.05)
+    engine.version = None                                  # another model's weights
+    groups = rollout.rollout(model, tokenizer, prompts, keys(4, 4), ALONE, engine=engine, **HOW)
+    engine.version = None
+    banned = vlm.banned_ids(model, tokenizer)
+    assert largest_gap(model, prompts, groups, banned) < 1e-4
+    assert largest_gap(ours[0], prompts, groups, banned) > 1e-2
 
 
 def test_every_fused_update_reaches_vllm_once(engine, ours, monkeypatch):
