@@ -106,15 +106,20 @@ def test_frames_far_apart_are_reached_by_seeks(tmp_path, monkeypatch, name, how)
 # --------------------------------------------------------------------------------------------------
 # packets and frames that do not agree
 
-def test_frames_shown_in_another_order_than_their_times(tmp_path):
+def swapped(tmp_path, first):
+    """A film of 40 frames: from `first` on every fourth one exchanges its time with the next."""
     def swap(packets):
         for packet in packets:
             packet.pts += 2 * packet.duration
-        for i in range(4, 40, 4):
+        for i in range(first, 40, 4):
             packets[i].pts, packets[i + 1].pts = packets[i + 1].pts, packets[i].pts
         return packets
 
-    path = remux(clip(tmp_path / "a.mp4", bf="0"), tmp_path / "swapped.mp4", swap)
+    return remux(clip(tmp_path / "a.mp4", bf="0"), tmp_path / "swapped.mp4", swap)
+
+
+def test_frames_shown_in_another_order_than_their_times(tmp_path):
+    path = swapped(tmp_path, 4)
     assert numbers(reads_alike(path, 40)) == list(range(40))
     assert read_video(path, 40)[1] == pytest.approx(0.1, rel=0.01)
     assert numbers(read_video(path, 5)[0]) == [4, 12, 20, 28, 36]
@@ -122,14 +127,7 @@ def test_frames_shown_in_another_order_than_their_times(tmp_path):
 
 def test_frames_that_turn_out_to_be_in_another_order_late_in_a_film(tmp_path):
     """After the frames that are decoded at opening: slices that were read before stay right."""
-    def swap(packets):
-        for packet in packets:
-            packet.pts += 2 * packet.duration
-        for i in range(24, 40, 4):
-            packets[i].pts, packets[i + 1].pts = packets[i + 1].pts, packets[i].pts
-        return packets
-
-    path = remux(clip(tmp_path / "a.mp4", bf="0"), tmp_path / "swapped.mp4", swap)
+    path = swapped(tmp_path, 24)
     video = open_file(path, 20)
     right = list(range(1, 40, 2))
     assert numbers(video.read(0, 5)) == right[:5]
