@@ -34,6 +34,7 @@ from plumbing.judges import grade
 from plumbing.metrics import Clock, Meter, mean
 from plumbing.mixture import mixed, shares
 from plumbing.optimizer import falling, update, warmed_up
+from plumbing.progress import plan, what_next
 from plumbing.ranks import (
     deal_groups,
     gather,
@@ -50,7 +51,7 @@ from plumbing.stages import Progress, Stage
 from plumbing.store import Ahead
 from plumbing.streams import completion_keys
 from plumbing.vllm_engine import engine_of, import_vllm
-from rollout import budgets, rollout, room
+from rollout import Options, budgets, rollout, room
 
 
 @dataclass
@@ -117,6 +118,7 @@ class Config:
     pass_k: int = 0                # mode eval: pass@k of group_size answers; 0: k = group_size
     show_every: int = 20           # RL steps between two completions on the screen; 0: never
     save_every: int = 40           # steps; also at the end of each stage
+    tensorboard: bool = False      # also write out_dir/tensorboard, after pip install tensorboard
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,8 +208,7 @@ def reinforce(run, stage, by_id, held_out):
         metrics.show(run, step, groups, ungraded)
         if c.eval_every and ((step + 1) % c.eval_every == 0 or step + 1 == c.rl_steps):
             record |= evaluate.for_the_log(run, held_out, f"RL {step + 1}")
-        stage.log(step, f"reward {record['reward']:.2f} accuracy {record['accuracy']:.2f} "
-                        f"valid {len(kept)}/{c.prompts_per_step}", **record)
+        stage.log(step, metrics.one_line(record, asked), **record)
         stage.save_if_due(step)
 
 
@@ -346,9 +347,8 @@ def main(c):
 
     sharded = c.fsdp and ranks.world > 1
     progress = Progress(c, ranks, mmap=sharded)
-    if progress.checkpoint:
-        done = ", ".join(f"{n} {stage} steps" for stage, n in progress.done.items())
-        say(f"going on from {progress.checkpoint}: {done} done")
+    taught = [sample.id for sample in samples if sample.thought]
+    say(plan(c, ranks, progress, taught))
     run = load_run(c, ranks, say, cache, progress.checkpoint)
     try_saving(run)                        # what cannot be saved: say so now, not after the start
 
@@ -359,7 +359,6 @@ def main(c):
         curriculum = Curriculum(["any"], f"{c.seed} align")
         stage = Stage("align", c.align_steps, c.sft_lr, curriculum, run, progress)
         toy.align(run, stage, teach, toy.parse_parts(c.data))
-    taught = [sample.id for sample in samples if sample.thought]
     if progress.done["sft"] < c.sft_steps and not taught:
         say("sft: skipped, no sample has a thought to learn from")
     elif progress.done["sft"] < c.sft_steps:
@@ -380,7 +379,8 @@ def main(c):
         run.engine = engine_of(c, newest(c.out_dir) or c.model, run.model, run.tokenizer, ranks)
         reinforce(run, stage, by_id, held_out)
     run.ahead.stop()
-    say(f"done: {c.out_dir}/model, {c.out_dir}/metrics.jsonl, {c.out_dir}/curves.png")
+    judge = evaluation(c) if held_out else None
+    say(what_next(c, ranks, held_out or samples, Options, judge))
 
 
 def load_questions(c, say):

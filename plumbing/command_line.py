@@ -12,6 +12,7 @@ import math
 import re
 import sys
 from dataclasses import MISSING, asdict, fields
+from importlib.util import find_spec
 from typing import get_args, get_origin
 
 from plumbing.sweep import sweep
@@ -120,7 +121,7 @@ def describe(options):
 MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mode", "sp", "stage2",
               "fsdp", "checkpointing", "max_tokens", "vllm_memory", "vllm_share", "rl_steps",
               "eval_every", "eval_samples", "eval_frames", "eval_budgets", "pass_k", "show_every",
-              "save_every", "judges", "judge_seconds"}
+              "save_every", "judges", "judge_seconds", "tensorboard"}
 # Options that may differ between the machines of a run.
 OF_MACHINE = {"video_dir", "cache_dir", "cache_gb", "out_dir", "vllm_memory"}
 
@@ -195,6 +196,9 @@ def check_training(c, ranks):
     check_range(c, 0, 1, "clip_low")
     check_range(c, 1, math.inf, "oversample_cap", "lora_alpha")
     check_lora(c, ranks)
+    if c.tensorboard and not find_spec("tensorboard"):
+        raise ValueError("tensorboard = true needs a package that is not installed: "
+                         "pip install tensorboard")
     if c.prompts_per_step % ranks.dp:
         raise ValueError(f"prompts_per_step = {c.prompts_per_step} is not divisible by the "
                          f"{ranks.dp} dp groups")

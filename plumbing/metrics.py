@@ -1,6 +1,7 @@
 """
 What a run measures: seconds per phase, sums over trained tokens, one line of JSON per step.
 """
+import glob
 import json
 import math
 import os
@@ -95,9 +96,11 @@ def check_gap(gap, dtype):
 class Log:
     """metrics.jsonl: one line per step, written by rank 0."""
 
-    def __init__(self, path, ranks, count=0):
-        """count: lines to keep of a run that resumes; later lines will be logged again."""
+    def __init__(self, path, ranks, count=0, tensorboard=False):
+        """count: lines to keep of a run that resumes; later lines will be logged again.
+        tensorboard: write the same numbers to the folder `tensorboard` beside it."""
         self.path, self.ranks, self.count, self.lines = path, ranks, count, []
+        self.board = None
         if ranks.rank:
             return
         if count:
@@ -106,6 +109,9 @@ class Log:
         with open(path + ".tmp", "w") as f:
             f.writelines(self.lines)
         os.replace(path + ".tmp", path)
+        if tensorboard:
+            self.board = Board(os.path.join(os.path.dirname(path), "tensorboard"))
+            self.board.add(map(json.loads, self.lines))
 
     def write(self, stage, step, **values):
         self.count += 1
@@ -118,6 +124,28 @@ class Log:
         self.lines.append(json.dumps(row) + "\n")
         with open(self.path, "a") as f:
             f.write(self.lines[-1])
+        if self.board:
+            self.board.add([row])
+
+
+class Board:
+    """The numbers of metrics.jsonl as scalars of TensorBoard: `rl/reward`, by step."""
+
+    def __init__(self, folder):
+        """What an earlier process wrote is removed, and all that is kept is written again: a step
+        is counted within its stage, so SummaryWriter's purge_step, which knows no stages, would
+        also cut a stage that is complete."""
+        from torch.utils.tensorboard import SummaryWriter
+        for path in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
+            os.remove(path)
+        self.writer = SummaryWriter(folder, purge_step=0)  # a TensorBoard that is open forgets too
+
+    def add(self, rows):
+        for row in rows:
+            for key in row.keys() - {"step", "stage"}:
+                if row[key] is not None:
+                    self.writer.add_scalar(f"{row['stage']}/{key}", row[key], row["step"])
+        self.writer.flush()
 
 
 def peak_bytes():
@@ -150,6 +178,13 @@ def summary(facts, drawn, meter, clock):
     for phase, seconds in clock.seconds.items():
         record[f"{phase}_s"] = round(seconds, 4)
     return record
+
+
+def one_line(record, asked):
+    """What is said of each step. record: what is logged of it; asked: questions drawn"""
+    return (f"reward {record['reward']:.2f}  accuracy {record['accuracy']:.2f}  "
+            f"kept {record['valid_groups']} of {asked}  length {record['length']:.0f}  "
+            f"entropy {record['entropy']:.2f}")
 
 
 def warn_of_shortage(run, step, kept, signal, graded, capped):

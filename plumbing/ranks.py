@@ -257,6 +257,7 @@ def printer(ranks):
     def say(line):
         if ranks.rank == 0:
             tqdm.write(line)
+            sys.stdout.flush()             # a log file is read while the run goes on
     return say
 
 

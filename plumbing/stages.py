@@ -6,12 +6,11 @@ import math
 import os
 from dataclasses import asdict
 
-from tqdm import tqdm
-
 from plumbing import resume
 from plumbing.metrics import Log
 from plumbing.optimizer import make_optimizer, restore
 from plumbing.plots import draw_curves
+from plumbing.progress import Report, seconds_of_steps
 
 BAD_STEPS = 10         # updates in a row without a finite gradient that end a run
 
@@ -36,7 +35,8 @@ class Progress:
             self.config, lines = state["config"], state["lines"]
             self.saved = {key: state.get(key) for key in ("optimizer", "copies", "curriculum")}
         self.bad_steps = 0
-        self.log = Log(os.path.join(config.out_dir, "metrics.jsonl"), ranks, lines)
+        self.log = Log(os.path.join(config.out_dir, "metrics.jsonl"), ranks, lines,
+                       config.tensorboard)
 
     def save(self, run, stage, step):
         """A checkpoint after `step` steps of a stage."""
@@ -68,8 +68,8 @@ class Stage:
             curriculum.load_state_dict(saved["curriculum"])
 
     def __iter__(self):
-        with tqdm(total=self.steps, initial=self.first, desc=self.name, dynamic_ncols=True,
-                  disable=self.run.ranks.rank != 0) as self.bar:
+        earlier = seconds_of_steps(self.progress.log.lines, self.name)
+        with Report(self.name, self.first, self.steps, earlier, self.run) as self.report:
             yield from range(self.first, self.steps)
 
     def count_skipped(self, norm):
@@ -94,10 +94,9 @@ class Stage:
                 self.run.say(f"dropped {id}: {why} ({len(dropped)} dropped so far)")
 
     def log(self, step, note, **values):
-        """Log one step, counted from 0, and show it in the progress bar with a note."""
+        """Log one step, counted from 0, and tell of it with a note."""
         self.progress.log.write(self.name, step + 1, **values)
-        self.bar.set_postfix_str(note, refresh=False)
-        self.bar.update()
+        self.report.step(step + 1, note, values)
 
     def save_if_due(self, step):
         """Save a checkpoint every save_every steps, and after the last step of the stage."""
