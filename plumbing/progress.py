@@ -96,15 +96,15 @@ class Report:
         left = ""
         if self.pace.seconds_left():
             left = about(self.pace.seconds_left()) + " left"
+        in_bar = [left] if self.name == "rl" else [note, left]
+        self.bar.set_postfix_str(", ".join(filter(None, in_bar)), refresh=False)
+        self.bar.update()
         if self.name == "rl":
             self.say(join(f"RL {self.count(step)}", note, took(seconds, phases(row)), left))
-            note = ""
         elif left and step == self.first + FEW:
             self.say(f"{self.name}: {self.steps - step} more steps, {left}")
         elif not self.has_bar and is_due(step, self.steps):
             self.say(join(f"{self.name} {self.count(step)}", note, took(seconds, {}), left))
-        self.bar.set_postfix_str(join(note, left), refresh=False)
-        self.bar.update()
 
     def count(self, step):
         return f"{step:{len(str(self.steps))}}/{self.steps}"

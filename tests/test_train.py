@@ -387,9 +387,9 @@ def test_without_the_right_vllm_a_run_ends_before_it_begins(monkeypatch, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_of_vllm_is_imported_unless_asked_for():
-    code = ("import sys, train, rollout, bench; "
-            "print([name for name in sys.modules if name.startswith('vllm')])")
+def test_nothing_of_vllm_or_tensorboard_is_imported_unless_asked_for():
+    code = ("import sys, train, rollout, bench; optional = 'vllm', 'tensorboard'; "
+            "print([name for name in sys.modules if name.startswith(optional)])")
     result = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True,
                             cwd=ROOT)
     assert result.stdout == "[]\n"
