@@ -379,8 +379,8 @@ def main(c):
         run.engine = engine_of(c, newest(c.out_dir) or c.model, run.model, run.tokenizer, ranks)
         reinforce(run, stage, by_id, held_out)
     run.ahead.stop()
-    judge = evaluation(c) if held_out else None
-    say(what_next(c, ranks, held_out or samples, Options, judge))
+    measure = evaluation(c) if held_out else None
+    say(what_next(c, ranks, held_out or samples, Options, measure))
 
 
 def load_questions(c, say):

@@ -200,10 +200,10 @@ def seconds_of_steps(lines, stage):
 # --------------------------------------------------------------------------------------------------
 # after
 
-def what_next(c, ranks, samples, ask, judge):
+def what_next(c, ranks, samples, ask, measure):
     """-> text: the files that a run has written, and commands that go on from them.
 
-    samples: held-out ones, or else those trained on; ask: rollout.Options; judge: the options of
+    samples: held-out ones, or else those trained on; ask: rollout.Options; measure: the options of
     evaluate.py for this run, None if no sample is held out.
     """
     page = os.path.join(c.out_dir, "watch.html")
@@ -220,18 +220,18 @@ def what_next(c, ranks, samples, ask, judge):
         for name in ("frames", "max_pixels", "think_budget", "answer_budget"):
             about_it[name] = getattr(c, name)
         lines.append(f"  ask it, see it think:    {command('python rollout.py', ask, about_it)}")
-    if judge:
+    if measure:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         script = "python evaluate.py"
         if local > 1:
             script = f"torchrun --standalone --nproc_per_node={local} evaluate.py"
-        options = {**vars(judge), "model": model}
+        options = {**vars(measure), "model": model}
         left_out = ["grade", "grades", "stage2", "prompts_per_step"]           # for grading
         if local % ranks.sp:
             left_out.append("sp")          # it spans machines; evaluate.py's default fits one
         for name in left_out:
             del options[name]
-        lines.append(f"  measure it, held out:    {command(script, type(judge), options)}")
+        lines.append(f"  measure it, held out:    {command(script, type(measure), options)}")
     return "\n".join(lines)
 
 

@@ -341,10 +341,10 @@ def test_the_options_of_the_run_that_evaluate_has_are_given_and_are_understood(m
     sample = Sample("1", "Why?", "A", "choice", "toy:1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     arguments = commands_of(next_of(c, Ranks(world=4, sp=4), [sample]))["evaluate.py"]
-    judge = evaluate.command_line.parse(evaluate.Config, "", arguments)
+    measure = evaluate.command_line.parse(evaluate.Config, "", arguments)
     expected = dict(model="o/model", data="my.jsonl", eval_data="e.jsonl", sp=4, dtype="bfloat16",
                     force_answer=False, frames=2, think_budget=8, out_dir="o", grades="")
-    assert {key: getattr(judge, key) for key in expected} == expected
+    assert {key: getattr(measure, key) for key in expected} == expected
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")            # sp spans two machines
     arguments = commands_of(next_of(c, Ranks(world=4, sp=4), [sample]))["evaluate.py"]
     assert not any(x.startswith("--sp") for x in arguments)
