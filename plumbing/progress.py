@@ -13,6 +13,8 @@ from dataclasses import fields
 import numpy as np
 from tqdm import tqdm
 
+from plumbing.pictures import folder_and_fps
+
 FEW = 3        # steps that must be measured before anything is said about those to come
 TREND = 5      # steps from which on they can show a trend
 RECENT = 40    # the last steps, which an estimate is made from
@@ -244,7 +246,11 @@ def has_own_question(c, video):
 
 def shortest(samples):
     """The sample with the shortest question of those whose video is there; None if there is none"""
-    there = [x for x in samples if x.video.startswith("toy:") or os.path.exists(x.video)]
+    there = []
+    for sample in samples:
+        path, _ = folder_and_fps(sample.video)
+        if path.startswith("toy:") or os.path.exists(path):
+            there.append(sample)
     return min(there, key=lambda sample: len(sample.question), default=None)
 
 

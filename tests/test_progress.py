@@ -335,6 +335,12 @@ def test_paths_and_questions_reach_the_shell_as_they_are(tmp_path, words):
     assert "rollout.py" not in next_of(c, ALONE, [gone])   # no video is there: nothing to ask
 
 
+def test_a_folder_of_pictures_with_a_rate_is_a_video_that_can_be_asked_about(tmp_path):
+    video = f"{tmp_path}@10fps"            # as `data.load` names it
+    text = next_of(config(data="my.jsonl"), ALONE, [Sample("1", "Why?", "A", "choice", video)])
+    assert f"--video={video}" in commands_of(text)["rollout.py"]
+
+
 def test_the_options_of_the_run_that_evaluate_has_are_given_and_are_understood(monkeypatch):
     c = config(out_dir="o", data="my.jsonl", eval_data="e.jsonl", sp=4, grades="g",
                dtype="bfloat16", force_answer=False, stage2=True)
