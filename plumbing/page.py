@@ -4,7 +4,6 @@ page looks like and watch.js what it does; what the run wrote (metrics.jsonl, ro
 into it as JSON.
 """
 import json
-import math
 import os
 from pathlib import Path
 
@@ -102,7 +101,7 @@ def read_lines(path):
 def read_line(line, needed):
     """A line as a dict. Raises ValueError if it is none, or lacks a needed {key: type}."""
     try:
-        record = json.loads(line, parse_constant=refuse, parse_float=finite)
+        record = json.loads(line, parse_constant=refuse)
     except (json.JSONDecodeError, RecursionError):
         raise ValueError(f"no JSON, {line[:60]!r}") from None
     if not isinstance(record, dict):
@@ -117,14 +116,6 @@ def refuse(name):
     raise ValueError(f"{name} is no JSON")
 
 
-def finite(text):
-    """A number that JavaScript can read again: 1e999 would become inf, which is no JSON."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is too large")
-    return number
-
-
 # --------------------------------------------------------------------------------------------------
 # curves
 
@@ -137,8 +128,9 @@ def read_curves(metrics):
             points = []
             for record in metrics:
                 if record["stage"] == stage and key in record:
-                    points.append([record["step"], short(record[key])])
-            curves[stage][key] = thinned(points, MOST_POINTS)
+                    points.append([record["step"], record[key]])
+            points = thinned(points, MOST_POINTS)
+            curves[stage][key] = [[step, short(value)] for step, value in points]
     return curves
 
 

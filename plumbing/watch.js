@@ -43,13 +43,13 @@ function number(x) {
   if (x === 0) return "0";
   const size = Math.abs(x);
   if (size >= 1000) return count(Math.round(x));
-  if (size < 0.001) return x.toExponential(1).replace("e", " e").replace("-", "−");
+  if (size < 0.0001) return x.toExponential(1).replace("e", " e").replace("-", "−");
   return String(Number(x.toPrecision(3))).replace("-", "−");
 }
 
 function signed(x) { return x > 0 ? "+" + number(x) : number(x); }
 
-function percent(x) { return (100 * x).toFixed(1) + "%"; }
+function share(x) { return x === null ? "–" : number(100 * x) + "%"; }
 
 function probability(p) {
   if (p > 0.9995) return "above 0.999";
@@ -84,21 +84,21 @@ const PANELS = [
     {name: "reward", colour: "--ink", points: RL.reward},
     {name: "accuracy", colour: "--up", points: RL.accuracy},
     {name: "format", colour: "--down", points: RL.format}]},
-  {title: "Accuracy on held-out videos", dots: true, from: 0, to: 1,
+  {title: "Accuracy on held-out videos", dots: true, first: 0, from: 0, to: 1, format: share,
     axis: "RL step (0: after the cold start)", series: [
-      {name: "share right, greedy", colour: "--up", points: heldOut()}]},
+      {name: "right, greedy", colour: "--up", points: heldOut()}]},
   {title: "Length of a completion", series: [
     {name: "tokens", colour: "--up", points: RL.length}]},
   {title: "Entropy: how undecided the model is", series: [
     {name: "nats per token", colour: "--violet", points: RL.entropy}]},
-  {title: "Groups without signal", from: 0, series: [
-    {name: "share of the groups", colour: "--down", points: RL.invalid_rate}]},
-  {title: "Answers that were forced or cut off", from: 0, series: [
-    {name: "share forced", colour: "--grey", points: RL.forced},
-    {name: "share cut off", colour: "--down", points: RL.truncated}]},
-  {title: "Tokens clipped: without gradient", from: 0, series: [
-    {name: "share too likely already", colour: "--up", points: RL.clip_high},
-    {name: "share too unlikely already", colour: "--down", points: RL.clip_low}]},
+  {title: "Groups without signal", from: 0, format: share, series: [
+    {name: "of the groups", colour: "--down", points: RL.invalid_rate}]},
+  {title: "Answers that were forced or cut off", from: 0, format: share, series: [
+    {name: "forced", colour: "--grey", points: RL.forced},
+    {name: "cut off", colour: "--down", points: RL.truncated}]},
+  {title: "Tokens clipped: without gradient", from: 0, format: share, series: [
+    {name: "too likely already", colour: "--up", points: RL.clip_high},
+    {name: "too unlikely already", colour: "--down", points: RL.clip_low}]},
 ];
 
 function heldOut() {
@@ -116,7 +116,7 @@ function scales(panel) {
   const bend = panel.log ? (value) => Math.log10(Math.max(value, 1e-9)) : (value) => value;
   let low = panel.from ?? extreme(Math.min, values), high = panel.to ?? extreme(Math.max, values);
   if (low === high) high = low + (Math.abs(low) || 1) / 10;        // a flat curve
-  const first = extreme(Math.min, steps);
+  const first = panel.first ?? 1;
   const last = Math.max(first + 1, panel.supervised ? extreme(Math.max, steps) : run.done.rl);
   return {low, high, first, last,
     x: (step) => LEFT + (WIDE - LEFT - RIGHT) * (step - first) / (last - first),
@@ -153,6 +153,7 @@ function path(points, scale) {
 function drawPanel(panel) {
   panel.series = panel.series.filter((series) => series.points.some(([, v]) => v !== null));
   if (!panel.series.length) return [];
+  panel.format ??= number;
   const scale = scales(panel);
   const picture = svg("svg", {viewBox: `0 0 ${WIDE} ${HIGH}`, role: "img",
     "aria-label": panel.title});
@@ -160,7 +161,7 @@ function drawPanel(panel) {
     picture.append(svg("line", {x1: LEFT, x2: WIDE - RIGHT, y1: scale.y(tick), y2: scale.y(tick),
       stroke: "var(--line)"}));
     picture.append(svg("text", {x: LEFT - 6, y: scale.y(tick) + 4, "text-anchor": "end"},
-      number(tick)));
+      panel.format(tick)));
   }
   for (const [step, anchor] of [[scale.first, "start"], [scale.last, "end"]]) {
     picture.append(svg("text", {x: scale.x(step), y: HIGH - 6, "text-anchor": anchor},
@@ -222,7 +223,7 @@ function showKeys(panel, keys, wanted) {
   keys.replaceChildren(...panel.series.map((series, i) => {
     const [step, value] = found[i];                    // of another stage, it has no value here
     return element("span", {}, element("i", {style: {background: `var(${series.colour})`}}),
-      series.name + " ", element("b", {}, step === at ? number(value) : ""));
+      series.name + " ", element("b", {}, step === at ? panel.format(value) : ""));
   }), element("span", {}, `at step ${count(at)}`));
   return at;
 }
@@ -295,9 +296,9 @@ function timeCard(record) {
   for (const [phase, [colour, about]] of seconds) {
     const part = record.seconds[phase];
     bar.append(element("span", {style: {background: `var(${colour})`, "flex-grow": part}}));
-    list.append(element("dt", {}, swatch(colour), phase),
-      element("dd", {}, `${number(part)} s, ${Math.round(100 * part / total)}%: `,
-        element("span", {class: "soft"}, about)));
+    const share = part < total / 100 ? "under 1%" : `${Math.round(100 * part / total)}%`;
+    list.append(element("dt", {}, swatch(colour), phase), element("dd", {},
+      `${number(part)} s, ${share}: `, element("span", {class: "soft"}, about)));
   }
   card.append(bar, list, element("p", {class: "small soft"}, `${number(total)} s in all.`));
   return card;
@@ -610,7 +611,7 @@ function tokenSpan(fact, i, most) {
   const colour = shown.tint === "push" ? (fact.push < 0 ? "--down" : "--up") : "--violet";
   const span = element("span", {class: kinds.join(" "), dir: "auto", tabindex: i ? -1 : 0,
     "data-token": i, style: {"--tint": `var(${colour})`,
-      "--strength": `${Math.round(55 * strength)}%`}});
+      "--strength": `${Math.round(50 * strength)}%`}});
   // Ends of lines and white space alone are drawn faintly; "" is a part of the next character.
   if (fact.text === "") {
     span.append(element("span", {class: "mark"}, "◦"));
@@ -688,8 +689,8 @@ function resultSentence() {
   const measured = heldOut();
   let text = `So far: ${parts.join(", ") || "no step"}.`;
   if (measured.length > 1) {
-    text += ` On held-out videos ${percent(measured[0][1])} of the answers were right at first, ` +
-      `and ${percent(measured.at(-1)[1])} at the end.`;
+    text += ` On held-out videos ${share(measured[0][1])} of the answers were right at first, ` +
+      `and ${share(measured.at(-1)[1])} at the end.`;
   }
   return text;
 }
@@ -729,7 +730,8 @@ function start() {
   byId("later").addEventListener("click", () => chooseStep(shown.step + 1));
   document.addEventListener("keydown", (event) => {
     const move = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-    if (move && event.target === document.body) chooseStep(shown.step + move);
+    const own = event.target.closest("input, .tokens, .strip");    // they use the keys themselves
+    if (move && !own) chooseStep(shown.step + move);
   });
   chooseStep(run.steps.length - 1);
 }

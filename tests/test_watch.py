@@ -136,8 +136,8 @@ def test_the_same_run_gives_the_same_bytes_and_is_never_half_a_page(tmp_path, mo
 
 
 DAMAGED = ["no JSON", "[1, 2]", "{}", '{"step": "1", "stage": "rl"}', '{"step": true, "stage": ""}',
-           '{"step": 1, "stage": "rl", "reward": NaN}', '{"step": 1, "stage": "rl", "x": 1e999}',
-           '{"step": 1, "stage": "rl"', "\0", "[" * 100_000]
+           '{"step": 1, "stage": "rl", "reward": NaN}', '{"step": 1, "stage": "rl"', "\0",
+           "[" * 100_000]
 
 
 @pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
@@ -283,7 +283,7 @@ def test_a_token_says_what_it_contributes(tab):
     strengths = [int(tab.run(style.format(f".completion:nth-child({i}) [data-token='0']",
                                           "--strength"))[:-1]) for i in (1, 2, 3)]
     # 0.5 / 24, 1.5 / 3 and -1 / 1236 of a long one whose middle was left out
-    assert strengths == [round(55 * (0.5 / 24 / 0.5) ** 0.5), 55, round(55 * (1 / 618) ** 0.5)]
+    assert strengths == [round(50 * (0.5 / 24 / 0.5) ** 0.5), 50, round(50 * (1 / 618) ** 0.5)]
     tab.run(f"document.querySelector(\"{first}\").focus()")
     said = tip(tab)
     for words in ('"a"', "token 1 of 24", "0.500", "1.000, not clipped", "0.25 nats", "+0.0208"):
