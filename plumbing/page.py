@@ -9,12 +9,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 MOST_POINTS = 1000                 # of a curve
+SECONDS = ("encode_s", "rollout_s", "verify_s", "train_s")
 CURVES = {                         # keys of metrics.jsonl that the page draws, by stage
     "align": ("loss",),
     "sft": ("loss", "eval_accuracy"),
     "rl": ("reward", "accuracy", "format", "eval_accuracy", "length", "entropy", "forced",
-           "truncated", "clip_low", "clip_high", "invalid_rate")}
-SECONDS = ("encode_s", "rollout_s", "verify_s", "train_s")
+           "truncated", "clip_low", "clip_high", "invalid_rate", *SECONDS)}
 NEEDED = {                         # what a line must have: {file: {key: type}}
     "metrics.jsonl": {"stage": str, "step": int},
     "rollouts.jsonl": {"step": int, "asked": int, "wanted": int, "tiers": list, "clip": list,

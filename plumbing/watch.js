@@ -75,6 +75,12 @@ function visible(text) {
 // Curves
 
 const RL = run.curves.rl;
+const PHASES = {
+  encode: ["--green", "frames to vision tokens, where they are not cached"],
+  rollout: ["--up", "sampling the completions"],
+  verify: ["--down", "checking the answers"],
+  train: ["--violet", "learning from the groups that were kept"],
+};
 const PANELS = [
   {title: "Loss of the supervised stages", log: true, supervised: true, axis: "step", series: [
     {name: "align: learn to see", colour: "--green", points: run.curves.align.loss},
@@ -99,6 +105,8 @@ const PANELS = [
   {title: "Tokens clipped: without gradient", from: 0, format: share, series: [
     {name: "too likely already", colour: "--up", points: RL.clip_high},
     {name: "too unlikely already", colour: "--down", points: RL.clip_low}]},
+  {title: "Seconds of a step", from: 0, series: Object.entries(PHASES).map(
+    ([phase, [colour]]) => ({name: phase, colour, points: RL[phase + "_s"]}))},
 ];
 
 function heldOut() {
@@ -241,12 +249,6 @@ function nearestRecorded(wanted) {
 // ------------------------------------------------------------------------------------------------
 // The chosen step
 
-const PHASES = {
-  encode: ["--green", "frames to vision tokens, where they are not cached"],
-  rollout: ["--up", "sampling the completions"],
-  verify: ["--down", "checking the answers"],
-  train: ["--violet", "learning from the groups that were kept"],
-};
 const TIERS = ["0  hardly ever right", "1  seldom", "2  about half, or not known yet", "3  often",
   "4  nearly always"];
 const FATES = {

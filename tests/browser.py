@@ -7,7 +7,7 @@ import subprocess
 import time
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BOUND = 60             # seconds for one answer
+BOUND = 120            # seconds for one answer
 
 
 def find():

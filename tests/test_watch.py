@@ -372,7 +372,7 @@ def test_a_run_without_rollouts_is_curves_alone(browser, tmp_path, rl_steps, say
     browser.open(os.path.join(out, "watch.html"))
     assert browser.run("document.getElementById('step').hidden")
     assert says in browser.run("document.getElementById('problem').innerText")
-    assert browser.run("document.querySelectorAll('.chart').length") == (8 if rl_steps else 2)
+    assert browser.run("document.querySelectorAll('.chart').length") == (9 if rl_steps else 2)
     (tmp_path / "out" / "metrics.jsonl").write_text("")    # it has only just begun
     page.write_page(out)
     browser.open(os.path.join(out, "watch.html"))
