@@ -114,31 +114,41 @@ function heldOut() {
   return [...before, ...RL.eval_accuracy];
 }
 
-const WIDE = 360, HIGH = 170, LEFT = 44, RIGHT = 8, TOP = 8, BOTTOM = 22;
+const WIDE = 360;                  // of a picture; the browser scales it
+const HIGH = 170;
+const LEFT = 44;                   // margins
+const RIGHT = 8;
+const TOP = 8;
+const BOTTOM = 22;
 
 // What turns a panel's steps and values into places in its picture, and back.
 function scales(panel) {
   const points = panel.series.flatMap((series) => series.points);
   const values = points.map(([, value]) => value).filter((value) => value !== null);
-  const steps = points.map(([step]) => step);
-  const bend = panel.log ? (value) => Math.log10(Math.max(value, 1e-9)) : (value) => value;
-  let low = panel.from ?? extreme(Math.min, values), high = panel.to ?? extreme(Math.max, values);
-  if (low === high) high = low + (Math.abs(low) || 1) / 10;        // a flat curve
+  const low = panel.from ?? extreme(Math.min, values);
+  let high = panel.to ?? extreme(Math.max, values);
+  if (high === low) high = low + 0.1 * Math.max(1, Math.abs(low));         // a flat curve
   const first = panel.first ?? 1;
-  const last = Math.max(first + 1, panel.supervised ? extreme(Math.max, steps) : run.done.rl);
-  return {low, high, first, last,
-    x: (step) => LEFT + (WIDE - LEFT - RIGHT) * (step - first) / (last - first),
-    y: (value) => HIGH - BOTTOM - (HIGH - TOP - BOTTOM) * (bend(value) - bend(low)) /
-      (bend(high) - bend(low)),
-    step: (x) => first + (last - first) * (x - LEFT) / (WIDE - LEFT - RIGHT)};
+  const end = panel.supervised ? extreme(Math.max, points.map(([step]) => step)) : run.done.rl;
+  const last = Math.max(first + 1, end);
+  const bend = panel.log ? (value) => Math.log10(Math.max(value, 1e-9)) : (value) => value;
+  const width = WIDE - LEFT - RIGHT;
+  const height = HIGH - TOP - BOTTOM;
+  return {
+    low, high, first, last,
+    x: (step) => LEFT + width * (step - first) / (last - first),
+    y: (value) => TOP + height * (bend(high) - bend(value)) / (bend(high) - bend(low)),
+    step: (x) => first + (last - first) * (x - LEFT) / width,
+  };
 }
 
 function extreme(choose, numbers) { return numbers.reduce((a, b) => choose(a, b)); }
 
 function ticks({low, high}, log) {
   if (log) return [low, Math.sqrt(low * high), high];
-  const rough = (high - low) / 5, power = 10 ** Math.floor(Math.log10(rough));
-  const size = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough * 0.99);
+  const rough = (high - low) / 5;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const size = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= 0.99 * rough);
   const all = [];
   for (let n = Math.ceil(low / size - 1e-9); n * size <= high * (1 + 1e-9); n++) all.push(n * size);
   return all;
@@ -146,7 +156,8 @@ function ticks({low, high}, log) {
 
 // An SVG path; a value that is null (it was not finite) leaves a gap.
 function path(points, scale) {
-  let text = "", pen = "M";
+  let text = "";
+  let pen = "M";
   for (const [step, value] of points) {
     if (value === null) {
       pen = "M";
@@ -158,46 +169,59 @@ function path(points, scale) {
   return text;
 }
 
+// A panel as a list of one element, or of none if its curves have no value.
 function drawPanel(panel) {
-  panel.series = panel.series.filter((series) => series.points.some(([, v]) => v !== null));
+  panel.series = panel.series.filter(({points}) => points.some(([, value]) => value !== null));
   if (!panel.series.length) return [];
   panel.format ??= number;
   const scale = scales(panel);
   const picture = svg("svg", {viewBox: `0 0 ${WIDE} ${HIGH}`, role: "img",
     "aria-label": panel.title});
-  for (const tick of ticks(scale, panel.log)) {
-    picture.append(svg("line", {x1: LEFT, x2: WIDE - RIGHT, y1: scale.y(tick), y2: scale.y(tick),
-      stroke: "var(--line)"}));
-    picture.append(svg("text", {x: LEFT - 6, y: scale.y(tick) + 4, "text-anchor": "end"},
-      panel.format(tick)));
-  }
-  for (const [step, anchor] of [[scale.first, "start"], [scale.last, "end"]]) {
-    picture.append(svg("text", {x: scale.x(step), y: HIGH - 6, "text-anchor": anchor},
-      count(step)));
-  }
-  picture.append(svg("text", {x: (LEFT + WIDE) / 2, y: HIGH - 6, "text-anchor": "middle"},
-    panel.axis ?? "RL step"));
-  for (const series of panel.series) {
-    picture.append(svg("path", {d: path(series.points, scale), fill: "none", "stroke-width": 1.6,
-      stroke: `var(${series.colour})`, "stroke-linejoin": "round"}));
-    const few = panel.dots || series.points.length === 1;
-    for (const [step, value] of few ? series.points : []) {
-      if (value !== null) {
-        picture.append(svg("circle", {cx: scale.x(step), cy: scale.y(value), r: 3.5,
-          fill: `var(${series.colour})`}));
-      }
-    }
-  }
-  const ofRL = !panel.supervised && run.steps.length > 0;
-  const chosen = svg("line", {y1: TOP, y2: HIGH - BOTTOM, stroke: "var(--soft)",
-    "stroke-dasharray": "2 3", visibility: "hidden"});
-  const pointer = svg("line", {y1: TOP, y2: HIGH - BOTTOM, stroke: "var(--ink)",
-    visibility: "hidden"});
-  picture.append(chosen, pointer);
+  drawAxes(picture, panel, scale);
+  for (const series of panel.series) drawSeries(picture, series, scale, panel.dots);
   const keys = element("div", {class: "keys"});
-  panel.mark = () => {                                 // called whenever another step is chosen
-    if (ofRL) place(chosen, scale.x(run.steps[shown.step].step));
-    showKeys(panel, keys, ofRL ? run.steps[shown.step].step : scale.last);
+  answerPointer(picture, panel, scale, keys);
+  return [element("figure", {class: "card chart"}, element("h3", {}, panel.title), picture, keys)];
+}
+
+function drawAxes(picture, panel, scale) {
+  for (const tick of ticks(scale, panel.log)) {
+    const y = scale.y(tick);
+    picture.append(
+      svg("line", {x1: LEFT, x2: WIDE - RIGHT, y1: y, y2: y, stroke: "var(--line)"}),
+      svg("text", {x: LEFT - 6, y: y + 4, "text-anchor": "end"}, panel.format(tick)));
+  }
+  const below = (x, anchor, text) => picture.append(
+    svg("text", {x, y: HIGH - 6, "text-anchor": anchor}, text));
+  below(LEFT, "start", count(scale.first));
+  below((LEFT + WIDE - RIGHT) / 2, "middle", panel.axis ?? "RL step");
+  below(WIDE - RIGHT, "end", count(scale.last));
+}
+
+function drawSeries(picture, series, scale, dots) {
+  const colour = `var(${series.colour})`;
+  picture.append(svg("path", {d: path(series.points, scale), fill: "none", stroke: colour,
+    "stroke-width": 1.6, "stroke-linejoin": "round"}));
+  if (!dots && series.points.length > 1) return;
+  for (const [step, value] of series.points) {
+    if (value === null) continue;
+    picture.append(svg("circle", {cx: scale.x(step), cy: scale.y(value), r: 3.5, fill: colour}));
+  }
+}
+
+// Pointing at the picture shows the values there, a click chooses the step. `panel.mark` marks the
+// chosen step; it is called whenever another one is chosen.
+function answerPointer(picture, panel, scale, keys) {
+  const upright = (look) => svg("line",
+    {y1: TOP, y2: HIGH - BOTTOM, visibility: "hidden", ...look});
+  const chosen = upright({stroke: "var(--soft)", "stroke-dasharray": "2 3"});
+  const pointer = upright({stroke: "var(--ink)"});
+  picture.append(chosen, pointer);
+  const ofRL = !panel.supervised && run.steps.length > 0;
+  panel.mark = () => {
+    const step = ofRL ? run.steps[shown.step].step : scale.last;
+    if (ofRL) place(chosen, scale.x(step));
+    showKeys(panel, keys, step);
   };
   const stepAt = (event) => {
     const box = picture.getBoundingClientRect();
@@ -211,11 +235,9 @@ function drawPanel(panel) {
     pointer.setAttribute("visibility", "hidden");
     panel.mark();
   });
-  if (ofRL) {
-    picture.classList.add("click");
-    picture.addEventListener("click", (event) => chooseStep(nearestRecorded(stepAt(event))));
-  }
-  return [element("figure", {class: "card chart"}, element("h3", {}, panel.title), picture, keys)];
+  if (!ofRL) return;
+  picture.classList.add("click");
+  picture.addEventListener("click", (event) => chooseStep(nearestRecorded(stepAt(event))));
 }
 
 function place(line, x) {
@@ -294,7 +316,8 @@ function timeCard(record) {
     card.append(element("p", {class: "soft"}, "metrics.jsonl does not have them."));
     return card;
   }
-  const bar = element("div", {class: "bar"}), list = element("dl", {class: "facts"});
+  const bar = element("div", {class: "bar"});
+  const list = element("dl", {class: "facts"});
   for (const [phase, [colour, about]] of seconds) {
     const part = record.seconds[phase];
     bar.append(element("span", {style: {background: `var(${colour})`, "flex-grow": part}}));
@@ -325,10 +348,11 @@ function tierCard(record) {
       `asked in this step, ${count(moved(1))} then moved up and ${count(moved(-1))} down.`));
 }
 
-// How many questions a tier has at each recorded step, with a dot at the chosen one.
+// How many questions a tier has at each recorded step, and which step is the chosen one.
 function tierLine(tier) {
   const counts = run.steps.map((record) => record.tiers[tier]);
-  const low = extreme(Math.min, counts), span = extreme(Math.max, counts) - low || 1;
+  const low = extreme(Math.min, counts);
+  const span = Math.max(1, extreme(Math.max, counts) - low);
   const x = (place) => 4 + 192 * place / Math.max(1, counts.length - 1);
   const y = (n) => 20 - 16 * (n - low) / span;
   const line = counts.map((n, place) => `${place ? "L" : "M"}${x(place)} ${y(n)}`).join("");
@@ -394,6 +418,7 @@ function chooseGroup(slot) {
   byId("group").hidden = !whole;
   if (!whole) return;
   const group = record.groups.find((candidate) => candidate.slot === slot);
+  const focus = document.activeElement.dataset.focus;    // of a button that is now drawn again
   byId("group-body").replaceChildren(
     groupTabs(record),
     element("p", {class: "question"}, quoted(whole.question)),
@@ -406,6 +431,7 @@ function chooseGroup(slot) {
     rewardsOf(whole)),
     tokenLegend(whole, record),
     element("div", {class: "completions"}, ...completionCards(whole, record)));
+  if (focus) document.querySelector(`[data-focus="${focus}"]`)?.focus();
 }
 
 function groupTabs(record) {
@@ -414,18 +440,17 @@ function groupTabs(record) {
       const group = record.groups.find((candidate) => candidate.slot === slot);
       const [sign, title] = FATES[group.fate];
       return element("button", {"aria-pressed": String(slot === shown.slot),
-        onclick: () => chooseGroup(slot)}, `${sign} ${title}: `, quoted(group.id));
+        "data-focus": `group ${slot}`, onclick: () => chooseGroup(slot)},
+      `${sign} ${title}: `, quoted(group.id));
     }));
 }
 
 // Why the group was trained on or not, in plain words.
 function reason(record, group, whole) {
   const all = group.accuracies.length;
-  const right = group.accuracies.filter((accuracy) => accuracy === 1).length;
   if (group.fate === "kept") {
     const update = whole.update === null ? "" : `, in update ${whole.update + 1} of this step`;
-    return `${right} of ${all} answers are right, so they can be compared. The group was trained ` +
-      `on${update}.`;
+    return `${verdicts(group)}, so they can be compared. The group was trained on${update}.`;
   }
   if (group.fate === "no signal") {
     const verdict = {0: "wrong", 1: "right"}[group.accuracies[0]] ?? "equally right";
@@ -433,10 +458,17 @@ function reason(record, group, whole) {
       "teaches nothing. The group was dropped; only the curriculum notes the result.";
   }
   if (group.fate === "cut by balance") {
-    return `${right} of ${all} answers are right, so there is a signal. But more groups had one ` +
-      `than the ${record.wanted} wanted, and those nearest to half right were kept.`;
+    return `${verdicts(group)}, so there is a signal. But more groups had one than the ` +
+      `${record.wanted} wanted, and those nearest to half right were kept.`;
   }
   return visible(group.why);
+}
+
+function verdicts({accuracies}) {
+  const right = accuracies.filter((accuracy) => accuracy === 1).length;
+  const partly = accuracies.filter((accuracy) => accuracy > 0 && accuracy < 1).length;
+  const rest = partly ? `, ${partly} partly` : "";
+  return `${right} of ${accuracies.length} answers are right${rest}`;
 }
 
 // What the advantages are computed from: the mean and the deviation of the group's rewards.
@@ -452,7 +484,8 @@ function rewardsOf(whole) {
 // The video as the model was shown it. All pictures stand side by side in one image.
 function frameStrip(frames) {
   if (!frames) return [element("p", {class: "soft"}, "The video could not be read again.")];
-  const n = frames.seconds.length, scale = Math.max(1, Math.round(84 / frames.width));
+  const n = frames.seconds.length;
+  const scale = Math.max(1, Math.round(84 / frames.width));        // tiny frames are enlarged
   const figures = frames.seconds.map((seconds, i) => element("figure", {},
     element("div", {class: "frame", role: "img", "aria-label": `frame at ${number(seconds)} s`,
       style: {width: `${scale * frames.width}px`, height: `${scale * frames.height}px`,
@@ -471,7 +504,8 @@ function packedSequence(whole) {
   const text = whole.prefix - whole.vision;
   const lengths = whole.completions.map((completion) => completion.length);
   const written = lengths.reduce((sum, length) => sum + length, 0);
-  const all = whole.prefix + written, g = lengths.length;
+  const all = whole.prefix + written;
+  const g = lengths.length;
   const part = (kind, tokens, words) => element("span", {class: kind,
     title: `${words}: ${plural(tokens, "token")}`, style: {"flex-grow": tokens}},
   60 * tokens / all > words.length ? words : "");      // the words only where they fit
@@ -503,11 +537,12 @@ const TINTS = {                    // what the colour of a token means
 function tokenLegend(whole, record) {
   const buttons = Object.entries(TINTS).map(([key, {name}]) => element("button",
     {"aria-pressed": String(key === shown.tint),
+      "data-focus": `tint ${key}`,
       onclick: () => { shown.tint = key; chooseGroup(shown.slot); }}, name));
   const example = (kind, style, text) => element("span", {class: "token " + kind, style}, text);
   const examples = {
-    push: [example("", {"--tint": "var(--up)", "--strength": "45%"}, "made more likely"),
-      example("", {"--tint": "var(--down)", "--strength": "45%"}, "made less likely")],
+    push: [example("", {"--tint": "var(--up)", "--strength": "50%"}, "made more likely"),
+      example("", {"--tint": "var(--down)", "--strength": "50%"}, "made less likely")],
     surprise: [example("", {"--tint": "var(--violet)", "--strength": "50%"}, "unlikely"), "likely"],
     entropy: [example("", {"--tint": "var(--violet)", "--strength": "50%"}, "undecided"), "sure"],
   };
@@ -570,12 +605,13 @@ function tokenFacts(completion, record) {
   const forced = completion.sampled.filter((sampled) => !sampled).length;
   return completion.tokens.map((text, i) => {
     const fact = {text, position: i < from ? i + 1 : i + left + 1, forced: !completion.sampled[i],
-      logprob: completion.logprobs[i], surprise: 0, entropy: 0, push: 0, ratio: null,
-      clipped: false};
+      trained: completion.new !== null, logprob: completion.logprobs[i], surprise: 0, entropy: 0,
+      push: 0, ratio: null, clipped: false};
     if (fact.forced) return fact;
     fact.surprise = -fact.logprob;
-    if (completion.new === null) return fact;          // the group was not trained on
+    if (!fact.trained) return fact;
     fact.entropy = completion.entropy[i];
+    if (fact.logprob === null || completion.new[i] === null) return fact;
     fact.ratio = Math.exp(completion.new[i] - fact.logprob);
     fact.clipped = isClipped(completion.advantage, fact.ratio, record.clip);
     if (!fact.clipped) {
@@ -608,12 +644,13 @@ function leftOut(completion) {
 }
 
 function tokenSpan(fact, i, most) {
-  const kinds = ["token", ...(fact.forced ? ["forced"] : []), ...(fact.clipped ? ["clipped"] : [])];
   const strength = most ? Math.sqrt(Math.abs(fact[shown.tint]) / most) : 0;
-  const colour = shown.tint === "push" ? (fact.push < 0 ? "--down" : "--up") : "--violet";
-  const span = element("span", {class: kinds.join(" "), dir: "auto", tabindex: i ? -1 : 0,
-    "data-token": i, style: {"--tint": `var(${colour})`,
-      "--strength": `${Math.round(50 * strength)}%`}});
+  let colour = "--violet";
+  if (shown.tint === "push") colour = fact.push < 0 ? "--down" : "--up";
+  const span = element("span", {class: "token", dir: "auto", tabindex: i ? -1 : 0, "data-token": i,
+    style: {"--tint": `var(${colour})`, "--strength": `${Math.round(50 * strength)}%`}});
+  span.classList.toggle("forced", fact.forced);
+  span.classList.toggle("clipped", fact.clipped);
   // Ends of lines and white space alone are drawn faintly; "" is a part of the next character.
   if (fact.text === "") {
     span.append(element("span", {class: "mark"}, "◦"));
@@ -640,7 +677,8 @@ function listen(text, spans, facts, completion) {
   text.addEventListener("pointerleave", hideTip);
   text.addEventListener("focusout", hideTip);
   text.addEventListener("keydown", (event) => {
-    const span = tokenOf(event), move = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    const span = tokenOf(event);
+    const move = {ArrowLeft: -1, ArrowRight: 1}[event.key];
     if (event.key === "Escape") hideTip();
     if (!span || !move) return;
     event.preventDefault();
@@ -658,22 +696,26 @@ function showTip(span, fact, completion) {
   tip.replaceChildren(element("b", {class: "mono"}, quoted(name)), element("span", {class: "soft"},
     `  token ${count(fact.position)} of ${count(completion.length)}`), factList(tipFacts(fact)));
   tip.hidden = false;
-  const box = span.getBoundingClientRect(), size = tip.getBoundingClientRect();
+  const box = span.getBoundingClientRect();
+  const size = tip.getBoundingClientRect();
   const right = document.documentElement.clientWidth - size.width - 8;
-  const below = box.bottom + 8, above = Math.max(8, box.top - size.height - 8);
+  const below = box.bottom + 8;
+  const above = Math.max(8, box.top - size.height - 8);
   tip.style.left = `${Math.min(Math.max(8, box.left), right)}px`;
   tip.style.top = `${below + size.height < window.innerHeight ? below : above}px`;
 }
 
 function tipFacts(fact) {
   if (fact.forced) return [["forced", "written for the model, which did not choose it: no loss"]];
-  const probabilityThen = fact.logprob === null ? "–" : probability(Math.exp(fact.logprob));
-  const facts = [["probability", `${probabilityThen}, when it was sampled`]];
-  if (fact.ratio === null) return [...facts, ["contribution", "0: the group was not trained on"]];
+  const known = fact.logprob !== null;
+  const facts = [["probability", known ? `${probability(Math.exp(fact.logprob))}, when it was ` +
+    "sampled" : "not a number"]];
+  if (!fact.trained) return [...facts, ["contribution", "0: the group was not trained on"]];
+  facts.push(["entropy", `${number(fact.entropy)} nats`]);
+  if (fact.ratio === null) return [...facts, ["ratio", "not a number"]];
+  const clipped = fact.clipped ? "clipped" : "not clipped";
   return [...facts,
-    ["ratio", `${fact.ratio.toFixed(3)}, ${fact.clipped ? "" : "not "}clipped: its probability ` +
-      "in training, divided by that"],
-    ["entropy", `${number(fact.entropy)} nats`],
+    ["ratio", `${fact.ratio.toFixed(3)}, ${clipped}: its probability in training, divided by that`],
     ["contribution", fact.clipped ? "0: clipped, no gradient" : signed(fact.push)]];
 }
 
