@@ -20,6 +20,7 @@ HOSTILE = [
     "<img src=x onerror=\"document.title = 'broken'\">", "&lt;b&gt;", "\u202eevil", "\u2028", "\0",
     "\x1b[31m", "\ud83d", "\U0001f469\u200d\U0001f680", "THE DATA OF THE RUN",
     "THE SCRIPT OF THE PAGE", "\\u003c", "${1}", "", "   ", "\t"]
+HEBREW = [" \u05e9\u05dc\u05d5\u05dd", " \u05e2\u05d5\u05dc\u05dd"]
 SHOWN = {"\u202eevil": "\\u202eevil", "\u2028": "\\u2028", "\0": "␀", "\x1b[31m": "␛[31m",
          "\ud83d": "\\ud83d", "": "◦", "   ": "␣␣␣", "\t": "⇥\t"}
 
@@ -40,25 +41,29 @@ def group(slot, fate, accuracies, why=""):
             "accuracies": accuracies, "rate": [0.5, 0.75], "tier": [2, 3]}
 
 
+LONG = "9" * 300       # a word that is wider than a phone
+
+
 def whole(slot, completions, update):
     pixel = ("data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
     frames = {"of": 4, "seconds": [0.5, 1.5], "width": 28, "height": 28, "strip": pixel}
-    return {"slot": slot, "question": "How many <b>birds</b>?", "answer": "3", "video": "toy:7",
+    return {"slot": slot, "question": "How many <b>birds</b>?", "answer": LONG, "video": LONG,
             "prefix": 93, "vision": 64, "frames": frames, "update": update,
             "completions": completions}
 
 
 def recorded(step):
     """A line of rollouts.jsonl: two groups shown whole, one of them without signal."""
-    hostile = ["a", " \u05e9\u05dc\u05d5\u05dd", "b", "c", *HOSTILE]
+    hostile = ["a", *HEBREW, "b", *HOSTILE]
     forced = completion(["so", "</think>", "<answer>", "3"], -1.0, sampled=[1, 0, 0, 1],
                         logprobs=[-0.6931, 0, 0, None], left_out=[3, 1234], length=1238,
                         forced=True, predicted=None)
-    kept = [completion(hostile, 0.5), completion(["x" * 400, "\n", "y"], 1.5), forced]
+    kept = [completion(hostile, 0.5), completion(["x" * 400, "\n", "y"], 1.5, predicted=LONG),
+            forced]
     alike = [completion(["no"], 0.0, trained=False)] * 3
     groups = [group(0, "kept", [1.0, 1.0, 0.5]), group(1, "no signal", [0.0] * 3),
               group(2, "not graded", [], "<b>timed out</b>"), group(3, "cut by balance", [1.0, 0]),
-              group(4, "dropped", [], "garden.mp4: no video stream")]
+              group(4, "dropped", [], f"{LONG}.mp4: no video stream")]
     return {"step": step, "asked": 5, "wanted": 2, "tiers": [1, 2, 10 + step, 4, 5],
             "clip": [0.8, 1.28], "groups": groups, "groups_left_out": 0,
             "shown": [whole(0, kept, 1), {**whole(1, alike, None), "frames": None}]}
@@ -259,8 +264,7 @@ def tip(tab):
 
 def test_what_a_model_wrote_is_shown_as_text(tab):
     tokens = texts(tab, ".completion:nth-child(1) [data-token]")
-    assert tokens == ["a", " \u05e9\u05dc\u05d5\u05dd", "b", "c",
-                      *[SHOWN.get(text, text) for text in HOSTILE]]
+    assert tokens == ["a", *HEBREW, "b", *[SHOWN.get(text, text) for text in HOSTILE]]
     assert tab.run("document.title") == "nanoLongRL: a run"
     assert tab.run("document.querySelectorAll('img, .tokens script, bdi b').length") == 0
     assert texts(tab, ".question") == ["How many <b>birds</b>?"]
