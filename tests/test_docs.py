@@ -15,6 +15,7 @@ import evaluate
 import rollout
 import toy
 import train
+import watch
 from flow import Ranks
 from plumbing import check_data, command_line
 from plumbing.sharding import check_heads
@@ -30,7 +31,8 @@ HEADS = {"Qwen/Qwen2.5-VL-3B-Instruct": (16, 2), "Qwen/Qwen2.5-VL-7B-Instruct": 
 PAGES = [("train.py", 1), ("bench.py", 4), ("evaluate.py", 2), ("rollout.py", 1), ("toy.py", 1),
          ("README.md", 5), ("docs/gpu.md", 13), ("docs/data.md", 2), ("docs/evaluation.md", 3),
          ("docs/evidence.md", 2), ("docs/models.md", 8), ("docs/speed.md", 2),
-         ("docs/speed_log.md", 7), ("docs/toy.md", 2), ("data.py", 1)]
+         ("docs/speed_log.md", 7), ("docs/toy.md", 2), ("data.py", 1),
+         ("watch.py", 1), ("docs/watch.md", 1)]
 
 
 def commands(text, script):
@@ -71,6 +73,9 @@ def test_every_command_line_shown_is_understood(page, number):
         found += 1
     for _, arguments in commands(text, "data.py"):
         check_data.parse(arguments)
+        found += 1
+    for _, arguments in commands(text, "watch.py"):
+        watch.parse(arguments)
         found += 1
     for script, options in (("rollout.py", rollout.Options), ("toy.py", toy.Options)):
         for _, arguments in commands(text, script):
