@@ -105,7 +105,7 @@ def results_of_training(folder):
     rl = [row for row in log if row["stage"] == "rl"]
     line["steps"] = {}
     for key in measures.KEPT:
-        if rl and key in rl[0]:
+        if any(key in row for row in rl):
             line["steps"][key] = [short(row.get(key)) for row in rl]
     if (folder / "visits.jsonl").exists():
         line["visits"] = visits.summary(folder / "visits.jsonl")

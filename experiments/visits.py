@@ -63,7 +63,7 @@ def ranked(x):
 
 def correlation(x, y):
     """Rank correlation."""
-    return float(np.corrcoef(ranked(x), ranked(y))[0, 1])
+    return round(float(np.corrcoef(ranked(x), ranked(y))[0, 1]), 6)
 
 
 def summary(path):
@@ -74,12 +74,12 @@ def summary(path):
     observed = [row["correct"] / row["total"] for row in rows]
     with_signal = sum(0 < row["correct"] < row["total"] for row in rows)
     result = {"groups": len(rows), "with_signal": with_signal,
-              "observed": statistics.mean(observed)}
+              "observed": round(statistics.mean(observed), 6)}
     for rule in RULES:
         estimated = [row[rule] for row in rows]
         error = statistics.mean(abs(x - y) for x, y in zip(estimated, observed))
-        result[rule] = {"estimated": statistics.mean(estimated), "error": error,
-                        "correlation": correlation(estimated, observed)}
+        result[rule] = {"estimated": round(statistics.mean(estimated), 6),
+                        "error": round(error, 6), "correlation": correlation(estimated, observed)}
     return result
 
 
