@@ -3,7 +3,8 @@ The evidence: which claims of the two papers are seen on the built-in videos.
 
     python experiments/evidence.py OUT              make what is missing, in the folder OUT
     python experiments/evidence.py OUT --workers=1  one run at a time instead of two, a core each
-    python experiments/evidence.py tables           print the tables, draw assets/evidence.png
+    python experiments/evidence.py tables           print the tables, draw the picture; both are
+                                                    renewed in docs/evidence.md as well
 
 Each finished run adds a line to evidence.jsonl, and is never made again. The command may be stopped
 at any time, and goes on where it was: only unfinished runs are begun again. rows.py lists runs and
@@ -85,13 +86,13 @@ def short(x):
     return float(f"{x:.6g}") if isinstance(x, float) else x
 
 
-def held_out(row, accuracy, domain):
-    """An evaluation, from the keys that start so."""
+def evaluation(row):
+    """What a line keeps of an evaluation in metrics.jsonl."""
     domains = {}
     for key, value in row.items():
-        if key.startswith(domain):
-            domains[key.removeprefix(domain)] = short(value)
-    return {"step": row["step"], "accuracy": short(row[accuracy]), "domains": domains}
+        if key.startswith("eval_accuracy_"):
+            domains[key.removeprefix("eval_accuracy_")] = short(value)
+    return {"step": row["step"], "accuracy": short(row["eval_accuracy"]), "domains": domains}
 
 
 def results_of_training(folder):
@@ -101,7 +102,7 @@ def results_of_training(folder):
     line = {"held_out": []}
     for row in log:
         if "eval_accuracy" in row:
-            line["held_out"].append(held_out(row, "eval_accuracy", "eval_accuracy_"))
+            line["held_out"].append(evaluation(row))
     rl = [row for row in log if row["stage"] == "rl"]
     line["steps"] = {}
     for key in measures.KEPT:
@@ -190,6 +191,16 @@ class Job:
     start: float
 
 
+def write_questions(out):
+    """The 128 questions that come back, and those that are held out."""
+    training, held_out = data.split(data.load("toy"))
+    for file, samples in (("few.jsonl", training[:128]), ("held.jsonl", held_out)):
+        if not (out / file).exists():
+            with open(out / f"{file}.tmp", "w") as f:
+                f.writelines(json.dumps(vars(sample)) + "\n" for sample in samples)
+            os.replace(out / f"{file}.tmp", out / file)
+
+
 def copy_code_with_kl(folder):
     """The code, with kl.diff applied, in a folder."""
     folder.mkdir(exist_ok=True)
@@ -246,10 +257,7 @@ def finish(job, usage, out, results_file, version):
 def make_all(out, workers=2, results_file=RESULTS):
     """Until no row wants a seed. -> names of the runs that failed; the others go on without them"""
     out.mkdir(parents=True, exist_ok=True)
-    training, held = data.split(data.load("toy"))
-    for file, samples in (("few.jsonl", training[:128]), ("held.jsonl", held)):
-        with open(out / file, "w") as f:
-            f.writelines(json.dumps(vars(sample)) + "\n" for sample in samples)
+    write_questions(out)
     version = commit()
     jobs, failed = [], set()
     try:
@@ -299,7 +307,11 @@ def main():
         # What stops this command stops its runs, too.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("stopped"))
         failed = make_all(Path(options.out).absolute(), options.workers)
-    evidence_tables.show(read_results(RESULTS), ROOT / "assets" / "evidence.png")
+    results, page = read_results(RESULTS), ROOT / "docs" / "evidence.md"
+    page.write_text(evidence_tables.with_tables(page.read_text(), results))
+    evidence_tables.draw(results, ROOT / "assets" / "evidence.png")
+    for table in evidence_tables.TABLES.values():
+        print("\n".join(table(results)), end="\n\n")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
