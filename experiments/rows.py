@@ -30,7 +30,7 @@ class Run:
 COLD = "--rl_steps=0 --eval_every=0 --save_every=1000"
 RL = ("--sft_steps=0 --rl_steps=20 --prompts_per_step=16 --eval_samples=1000 --eval_every=20 "
       "--show_every=0 --save_every=1000")
-EVALUATE = "--mode=eval --eval_samples=1000 --group_size=1"
+EVALUATE = "--mode=eval --eval_samples=1000 --group_size=2"
 # 128 questions: each comes back, so that it can matter how hard it was.
 FEW = "--data=OUT/few.jsonl --eval_data=OUT/held.jsonl"
 FEW_RL = f"{RL} --eval_every=4 --oversample_cap=1 {FEW} --grades=OUT/graded-SEED/grades.jsonl"
