@@ -74,8 +74,11 @@ def shown(name, seed):
 def commit():
     """That of the code, with "+" if it was changed since."""
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True,
-                              text=True).stdout.strip()
+        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(f"evidence.py: {ROOT} is no git repository, so its lines could not say of "
+                     f"which commit they are: {result.stderr.strip()}")
+        return result.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.diff")
     return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
@@ -302,6 +305,8 @@ def main():
     parser.add_argument("out", help="the folder of the runs, or the word tables")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
     options = parser.parse_args()
+    if options.workers < 1:
+        parser.error("--workers must be at least 1")
     failed = []
     if options.out != "tables":
         # What stops this command stops its runs, too.

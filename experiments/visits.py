@@ -62,7 +62,9 @@ def ranked(x):
 
 
 def correlation(x, y):
-    """Rank correlation."""
+    """Rank correlation; 0 if one of the two is the same everywhere."""
+    if len(set(x)) == 1 or len(set(y)) == 1:
+        return 0.0
     return round(float(np.corrcoef(ranked(x), ranked(y))[0, 1]), 6)
 
 

@@ -263,6 +263,7 @@ def test_a_summary_of_visits_by_hand(tmp_path):
     assert found["follows"]["correlation"] == pytest.approx(-1)
     assert found["still"]["error"] == pytest.approx((0.1 + 0.025 + 0.2 + 0.2) / 4)
     assert found["follows"]["estimated"] == pytest.approx(0.35)
+    assert visits.correlation([0.5, 0.5], [0.0, 1.0]) == 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,10 +281,13 @@ def test_a_run_is_made_once_and_goes_on_where_it_was_stopped(
         run, files, tmp_path, monkeypatch, one_seed):
     """Two rows share a run, and an evaluation reads its checkpoint. Stopped, the runner leaves no
     process and no line; then it makes both, once; and with another folder, nothing."""
-    how = {**run.how, **SHORT, "data": files.data, "sft_steps": 0, "sp": 1, "show_every": 0}
+    lines = Path(files.data).read_text().splitlines()[:12]         # without those to be dropped
+    (tmp_path / "q.jsonl").write_text("\n".join(lines) + "\n")
+    how = {**run.how, **SHORT, "data": "OUT/../q.jsonl", "sft_steps": 0, "show_every": 0}
+    budgets = {key: run.how[key] for key in ("frames", "think_budget", "answer_budget")}
     short_run = " ".join(flags(**how))
-    evaluation = " ".join(flags(mode="eval", data=files.data, eval_data=files.eval_data, **{
-        key: run.how[key] for key in ("frames", "think_budget", "answer_budget")}, group_size=2))
+    evaluation = " ".join(flags(mode="eval", data=files.data, eval_data=files.eval_data,
+                                group_size=2, **budgets))
     monkeypatch.setattr(rows, "RUNS", {
         "cold": rows.Run(""), "follows": rows.Run(short_run, "cold", rule="follows"),
         "after": rows.Run(evaluation, "follows")})
@@ -317,14 +321,18 @@ def test_a_run_is_made_once_and_goes_on_where_it_was_stopped(
     assert [job.name for job in started] == ["follows", "follows", "after"]
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert [line["run"] for line in lines] == ["follows", "after"]
-    assert str(tmp_path) not in results.read_text().replace(files.data, "").replace(
-        files.eval_data, "")
+    assert str(tmp_path) not in results.read_text()        # no machine's folders
     assert not (out / "follows-0").exists()                # nobody reads it any more
     assert (out / "cold-0").exists()
     first, second = lines
     assert first["command"].startswith("python experiments/visits.py follows --model=OUT/cold-0/")
     assert first["cpu_seconds"] > 0 and len(first["commit"].rstrip("+")) == 10
-    assert first["visits"]["groups"] == round(4 * sum(first["steps"]["oversample"]))
+    groups = np.round(4 * np.array(first["steps"]["oversample"]))
+    assert first["visits"]["groups"] == sum(groups)
+    accuracy = sum(groups * first["steps"]["accuracy"]) / sum(groups)
+    assert first["visits"]["observed"] == pytest.approx(accuracy, abs=1e-5)
+    assert measures.signal({"follows": first}, "follows") == pytest.approx(
+        100 * first["visits"]["with_signal"] / sum(groups), abs=1e-3)
     assert second["held_out"][-1] == {key: first["held_out"][-1][key]
                                       for key in ("accuracy", "domains")}
 
