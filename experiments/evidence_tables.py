@@ -103,6 +103,15 @@ def by_seed(results, measure, name, *others):
     return [measure(of, name) for seed, of in sorted(results.items()) if wanted <= of.keys()]
 
 
+def grades_table(results):
+    """How hard the questions of the rows about RLCS are after the cold start."""
+    lines = header("seed", "pass rate below 0.1", "between", "above 0.9")
+    for seed, of in sorted(results.items()):
+        if "graded" in of:
+            lines.append(line(str(seed), *map(str, of["graded"]["grades"])))
+    return lines
+
+
 def estimates_table(results):
     """What the two rules of RLCS estimated of the questions as they were drawn."""
     lines = header("draws", "seeds", "groups with signal, of 100", "observed", "`still`: estimated",
@@ -182,8 +191,9 @@ def cost_table(results):
     return lines
 
 
-TABLES = {"claims": claims_table, "estimates": estimates_table, "frames": frames_table,
-          "domains": domains_table, "runs": runs_table, "least": least_table, "cost": cost_table}
+TABLES = {"claims": claims_table, "grades": grades_table, "estimates": estimates_table,
+          "frames": frames_table, "domains": domains_table, "runs": runs_table,
+          "least": least_table, "cost": cost_table}
 
 
 def with_tables(text, results):

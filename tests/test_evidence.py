@@ -363,7 +363,8 @@ def line_of(name, seed):
     by_rule = {rule: {"estimated": 0.5, "error": random.uniform(), "correlation": random.uniform()}
                for rule in visits.RULES}
     return {"run": name, "seed": seed, "commit": "abc", "command": evidence.shown(name, seed),
-            "seconds": 60, "cpu_seconds": 50, "held_out": held_out, "steps": steps,
+            "seconds": 60, "cpu_seconds": 50, "grades": [20, 70, 38], "held_out": held_out,
+            "steps": steps,
             "frames": {str(n): random.uniform() for n in rows.FRAMES},
             "visits": {"groups": 320, "with_signal": 200, "observed": 0.5, **by_rule}}
 
