@@ -1,5 +1,5 @@
 """
-A verifier that can be fooled, for a row of the claims table: it accepts any count that is not too
+A verifier that can be fooled, for three rows of the evidence: it accepts any count that is not too
 high, so an answer that is too low passes. 0 always does.
 """
 
