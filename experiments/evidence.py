@@ -34,6 +34,7 @@ from intervals import FEWEST, is_finished  # noqa: E402
 import data  # noqa: E402
 
 RESULTS = EXPERIMENTS / "evidence.jsonl"
+FEW = (24, 16, 24)     # questions that come back: hardly ever right, between, nearly always right
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,10 +130,18 @@ def results_of_evaluation(log):
 
 def results_of_grading(folder):
     """How many questions are hardly ever right, between, and nearly always right."""
+    return {"grades": [len(part) for part in by_grade(folder)]}
+
+
+def by_grade(folder):
+    """-> three lists of the lines of grades.jsonl: hardly ever right, between, nearly always"""
+    parts = [], [], []
     with open(folder / "grades.jsonl") as f:
-        shares = [row["correct"] / row["total"] for row in map(json.loads, f)]
-    hard, easy = sum(x < 0.1 for x in shares), sum(x > 0.9 for x in shares)
-    return {"grades": [hard, len(shares) - hard - easy, easy]}
+        for line in f:
+            row = json.loads(line)
+            share = row["correct"] / row["total"]
+            parts[int(share > 0.1) + int(share > 0.9)].append(line)
+    return parts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,13 +204,25 @@ class Job:
 
 
 def write_questions(out):
-    """The 128 questions that come back, and those that are held out."""
+    """The 512 questions that are graded, and those that are held out."""
     training, held_out = data.split(data.load("toy"))
-    for file, samples in (("few.jsonl", training[:128]), ("held.jsonl", held_out)):
+    for file, samples in (("many.jsonl", training[:512]), ("held.jsonl", held_out)):
         if not (out / file).exists():
             with open(out / f"{file}.tmp", "w") as f:
                 f.writelines(json.dumps(vars(sample)) + "\n" for sample in samples)
             os.replace(out / f"{file}.tmp", out / file)
+
+
+def choose_few(folder, out):
+    """Of the graded questions, those that the RLCS runs have: few.jsonl with few_grades.jsonl."""
+    grades = []
+    for part, most in zip(by_grade(folder), FEW):
+        grades += part[:most]
+    ids = {json.loads(line)["id"] for line in grades}
+    with open(out / "many.jsonl") as f:
+        questions = [line for line in f if json.loads(line)["id"] in ids]
+    (folder / "few.jsonl").write_text("".join(questions))
+    (folder / "few_grades.jsonl").write_text("".join(grades))
 
 
 def copy_code_with_kl(folder):
@@ -237,6 +258,7 @@ def finish(job, usage, out, results_file, version):
     run = rows.RUNS[name]
     if "--mode=grade" in run.arguments:
         found = results_of_grading(folder)
+        choose_few(folder, out)
     elif "--mode=eval" in run.arguments:
         found = results_of_evaluation(Path(f"{folder}.log").read_text())
     else:

@@ -31,9 +31,10 @@ COLD = "--rl_steps=0 --eval_every=0 --save_every=1000"
 RL = ("--sft_steps=0 --rl_steps=20 --prompts_per_step=16 --eval_samples=1000 --eval_every=20 "
       "--show_every=0 --save_every=1000")
 EVALUATE = "--mode=eval --eval_samples=1000 --group_size=2"
-# 128 questions: each comes back, so that it can matter how hard it was.
-FEW = "--data=OUT/few.jsonl --eval_data=OUT/held.jsonl"
-FEW_RL = f"{RL} --eval_every=4 --oversample_cap=1 {FEW} --grades=OUT/graded-SEED/grades.jsonl"
+# 64 questions, chosen after grading: each comes back, and most are too easy or too hard at first.
+HELD = "--eval_data=OUT/held.jsonl"
+FEW = f"--data=OUT/graded-SEED/few.jsonl --grades=OUT/graded-SEED/few_grades.jsonl {HELD}"
+FEW_RL = f"{RL} --eval_every=4 --oversample_cap=1 {FEW}"
 MANY_UPDATES = f"{RL} --updates_per_rollout=8"
 TIGHT = "--think_budget=60"
 LONG = "--data=toy:long --frames=128"
@@ -47,7 +48,7 @@ RUNS = {
     "cold": Run(COLD),
     "before": Run(EVALUATE, "cold"),
     # RLCS where each question comes back
-    "graded": Run(f"--mode=grade {FEW}", "cold"),
+    "graded": Run(f"--mode=grade --data=OUT/many.jsonl {HELD}", "cold"),
     "uniform": Run(f"{FEW_RL} --tiers=false", "cold", ("graded",), "uniform"),
     "still": Run(FEW_RL, "cold", ("graded",), "still"),
     "follows": Run(FEW_RL, "cold", ("graded",), "follows"),

@@ -298,7 +298,7 @@ def test_a_run_is_made_once_and_goes_on_where_it_was_stopped(
     out.mkdir()
     (out / "cold-0").symlink_to(run.dir)
     (out / "cold-0.done").touch()
-    for file in ("few.jsonl", "held.jsonl"):
+    for file in ("many.jsonl", "held.jsonl"):
         (out / file).touch()
     started, begin = [], evidence.begin
 
@@ -337,7 +337,7 @@ def test_a_run_is_made_once_and_goes_on_where_it_was_stopped(
                                       for key in ("accuracy", "domains")}
 
     (tmp_path / "elsewhere").mkdir()
-    for file in ("few.jsonl", "held.jsonl"):
+    for file in ("many.jsonl", "held.jsonl"):
         (tmp_path / "elsewhere" / file).touch()
     assert evidence.make_all(tmp_path / "elsewhere", 2, results) == []
     assert len(started) == 3
