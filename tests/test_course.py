@@ -180,6 +180,19 @@ def test_scripts_print_what_the_page_says(page, monkeypatch):
     assert False in printed
 
 
+@each_page
+def test_commands_name_scripts_that_are_there(page):
+    """Those with options are parsed by tests/test_docs.py, if its list has the page."""
+    commands = re.findall(r"^    (.*?)(?: \\)?$", FENCE.sub("", page.read_text()), re.M)
+    for command in commands:
+        first, *words = command.split()
+        assert first in ("python", "git") or first.startswith("--"), command
+        if first == "python":
+            assert (ROOT / words[0]).exists()
+            assert len(words) == 1 or words[0] in ("train.py", "bench.py", "evaluate.py",
+                                                   "rollout.py")
+
+
 def test_a_page_has_no_other_blocks():
     for page in PAGES:
         assert {block.language for block in blocks(page)} <= {"python", "py", "text", "diff"}

@@ -31,7 +31,7 @@ PAGES = [("train.py", 1), ("bench.py", 4), ("evaluate.py", 2), ("rollout.py", 1)
          ("README.md", 5), ("docs/gpu.md", 13), ("docs/data.md", 2), ("docs/evaluation.md", 3),
          ("docs/evidence.md", 2), ("docs/models.md", 8), ("docs/speed.md", 2),
          ("docs/speed_log.md", 7), ("docs/toy.md", 2), ("data.py", 1),
-         ("docs/course/README.md", 1), ("docs/course/1-tokens.md", 2),
+         ("docs/course/README.md", 1), ("docs/course/1-tokens.md", 3),
          ("docs/course/2-frames.md", 1), ("docs/course/3-prefix.md", 2),
          ("docs/course/4-sequence.md", 2), ("docs/course/5-forced.md", 3),
          ("docs/course/6-rewards.md", 2), ("docs/course/9-one-policy.md", 2)]
