@@ -32,7 +32,11 @@ PAGES = [("train.py", 1), ("bench.py", 4), ("evaluate.py", 2), ("rollout.py", 1)
          ("README.md", 5), ("docs/gpu.md", 13), ("docs/data.md", 2), ("docs/evaluation.md", 3),
          ("docs/evidence.md", 2), ("docs/models.md", 8), ("docs/speed.md", 2),
          ("docs/speed_log.md", 7), ("docs/toy.md", 2), ("data.py", 1),
-         ("watch.py", 1), ("docs/watch.md", 1)]
+         ("watch.py", 1), ("docs/watch.md", 1),
+         ("docs/course/README.md", 1), ("docs/course/1-tokens.md", 3),
+         ("docs/course/2-frames.md", 1), ("docs/course/3-prefix.md", 2),
+         ("docs/course/4-sequence.md", 2), ("docs/course/5-forced.md", 3),
+         ("docs/course/6-rewards.md", 2), ("docs/course/9-one-policy.md", 2)]
 
 
 def commands(text, script):
@@ -85,7 +89,7 @@ def test_every_command_line_shown_is_understood(page, number):
 
 
 def pages():
-    return [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    return [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
