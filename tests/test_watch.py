@@ -20,7 +20,7 @@ HOSTILE = [
     "<img src=x onerror=\"document.title = 'broken'\">", "&lt;b&gt;", "\u202eevil", "\u2028", "\0",
     "\x1b[31m", "\ud83d", "\U0001f469\u200d\U0001f680", "THE DATA OF THE RUN",
     "THE SCRIPT OF THE PAGE", "\\u003c", "${1}", "", "   ", "\t"]
-HEBREW = [" \u05e9\u05dc\u05d5\u05dd", " \u05e2\u05d5\u05dc\u05dd"]
+HEBREW = ["\u05e9\u05dc\u05d5\u05dd", "\u05e2\u05d5\u05dc\u05dd"]
 SHOWN = {"\u202eevil": "\\u202eevil", "\u2028": "\\u2028", "\0": "␀", "\x1b[31m": "␛[31m",
          "\ud83d": "\\ud83d", "": "◦", "   ": "␣␣␣", "\t": "⇥\t"}
 
