@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from tqdm import tqdm
 
-from plumbing import resume
+from plumbing import record, resume
 from plumbing.metrics import Log
 from plumbing.optimizer import make_optimizer, restore
 from plumbing.plots import draw_curves
@@ -37,6 +37,9 @@ class Progress:
             self.saved = {key: state.get(key) for key in ("optimizer", "copies", "curriculum")}
         self.bad_steps = 0
         self.log = Log(os.path.join(config.out_dir, "metrics.jsonl"), ranks, lines)
+        self.rollouts = os.path.join(config.out_dir, "rollouts.jsonl")
+        if ranks.rank == 0:
+            record.cut_back(self.rollouts, self.done["rl"], config.rl_steps)
 
     def save(self, run, stage, step):
         """A checkpoint after `step` steps of a stage."""
@@ -92,6 +95,10 @@ class Stage:
             if id not in dropped:
                 self.curriculum.drop(id, why)
                 self.run.say(f"dropped {id}: {why} ({len(dropped)} dropped so far)")
+
+    def recording(self, step, drawn):
+        """What collects a line of rollouts.jsonl in this RL step, counted from 0."""
+        return record.Recording(self.run, self.curriculum, self.progress.rollouts, step, drawn)
 
     def log(self, step, note, **values):
         """Log one step, counted from 0, and show it in the progress bar with a note."""
