@@ -174,7 +174,7 @@ class Recording:
             shown["tokens"] = pieces(self.run.tokenizer, shown["tokens"], shown["left_out"])
             for key in ("logprobs", "new", "entropy"):
                 if shown[key]:
-                    shown[key] = [short(x) for x in shown[key]]
+                    shown[key] = [short(x) for x in shown[key]]            # one a token
             facts = self.facts[slot][i]
             for key in ("length", "forced", "truncated"):
                 shown[key] = facts[key]
@@ -194,8 +194,8 @@ class Recording:
 # its size
 
 def short(x):
-    """A number with four significant digits; None if it is not finite, since JSON has no nan."""
-    return float(f"{x:.4g}") if math.isfinite(x) else None
+    """A number of few characters; None if it is not finite, since JSON has no nan."""
+    return round(float(f"{x:.4g}"), 5) if math.isfinite(x) else None
 
 
 PER_TOKEN = ("tokens", "sampled", "logprobs", "new", "entropy")    # lists of a shown completion
