@@ -169,7 +169,7 @@ def reinforce(run, stage, by_id, held_out):
         capped = curriculum.note_valid(signal, len(accuracies), c.oversample_cap)
         kept = balanced(accuracies, c.prompts_per_step)                                    # slots
         metrics.warn_of_shortage(run, step, len(kept), signal, len(accuracies), capped)
-        recording.choose(groups, facts, kept, ungraded)
+        recording.choose(groups, facts, kept, ungraded, data.open_video)
 
         # 6. Learn. Each update has groups of its own, dealt out so that all ranks do equal work
         #    (GLM-4.1V §5.4). Its loss is divided by what the update has over all ranks.
@@ -207,7 +207,7 @@ def reinforce(run, stage, by_id, held_out):
                    "dropped": len(curriculum.dropped), "unscored": len(ungraded),
                    "balance": mean(balance) if balance else 1.0, "grad_norm": mean(norms)}
         metrics.show(run, step, groups, ungraded)
-        recording.write(data.open_video)
+        recording.write()
         if c.eval_every and ((step + 1) % c.eval_every == 0 or step + 1 == c.rl_steps):
             record |= evaluate.for_the_log(run, held_out, f"RL {step + 1}")
         stage.log(step, f"reward {record['reward']:.2f} accuracy {record['accuracy']:.2f} "

@@ -7,6 +7,7 @@ import math
 import os
 from base64 import b64encode
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import numpy as np
@@ -42,23 +43,28 @@ def is_kept(step, steps):
 
 def cut_back(path, done, steps):
     """Remove the lines of steps after `done`, which will be written again, and those of steps that
-    a run of `steps` steps does not keep. A file without lines is removed."""
+    a run of `steps` steps does not keep. A file without lines is removed. Raises ValueError that
+    names the file if it holds anything else."""
     if not os.path.exists(path):
         return
-    with open(path, encoding="utf-8") as f:
-        lines = f.readlines()
     kept = []
-    for line in lines:
-        if line.endswith("\n"):            # a killed run leaves half a line
-            step = json.loads(line)["step"]
-            if step <= done and is_kept(step, max(done, steps)):
-                kept.append(line)
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = f.readlines()
+        for line in lines:
+            if line.endswith("\n"):        # a killed run leaves half a line
+                step = json.loads(line)["step"]
+                if step <= done and is_kept(step, max(done, steps)):
+                    kept.append(line)
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path}: not every line is one that a run writes ({e!r}); move the file "
+                         "away: a run goes on without it") from e
     if not kept:
         os.remove(path)
     elif len(kept) < len(lines):
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
+        with open(f"{path}.tmp", "w", encoding="utf-8") as f:
             f.writelines(kept)
-        os.replace(path + ".tmp", path)
+        os.replace(f"{path}.tmp", path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -86,11 +92,12 @@ class Recording:
         return [(self.curriculum.rate(sample.id), self.curriculum.tier(sample.id))
                 for sample in self.drawn]
 
-    def choose(self, groups, facts, kept, ungraded):
+    def choose(self, groups, facts, kept, ungraded, open_video):
         """Say what became of each group, and choose those that are shown whole.
 
         groups: this rank's; facts: {slot: a dict for each completion} of all graded groups; kept:
         slots that are trained on; ungraded: {id: why}. All but groups are equal on all ranks.
+        open_video(path, frames) -> `Video`
         """
         if not self.kept:
             return
@@ -112,6 +119,12 @@ class Recording:
         self.update = {}       # {slot: number of the update that trains on it}
         for number, part in enumerate(split(kept, self.run.config.updates_per_rollout)):
             self.update |= dict.fromkeys(part, number)
+        if self.run.ranks.rank == 0:
+            self.thread = ThreadPoolExecutor(1)        # it reads videos while the ranks train
+            self.frames = {}
+            for slot in self.chosen:
+                self.frames[slot] = self.thread.submit(
+                    frames_shown, open_video, self.drawn[slot].video, self.run.config.frames)
 
     def add(self, batch, logprobs, entropy):
         """Note the chosen groups of a micro-batch. logprobs, entropy: [N, L]"""
@@ -126,8 +139,8 @@ class Recording:
                                    entropy[i, :len(tokens)].tolist()))
             row += len(completions)
 
-    def write(self, open_video):
-        """Write the step's line. open_video(path, frames) -> `Video`"""
+    def write(self):
+        """Write the step's line."""
         if not self.kept:
             return
         trained = {}           # sp ranks have the completions of a group in the order of ranks
@@ -140,7 +153,8 @@ class Recording:
         row = {"step": self.step, "asked": len(self.drawn), "wanted": c.prompts_per_step,
                "tiers": self.tiers, "clip": [short(1 - c.clip_low), short(1 + c.clip_high)],
                "groups": self.outlines()}
-        shown = [self.show(slot, trained.get(slot), open_video) for slot in self.chosen]
+        shown = [self.show(slot, trained.get(slot)) for slot in self.chosen]
+        self.thread.shutdown()
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(bounded(row, shown, MOST_BYTES // MOST_STEPS))
 
@@ -160,7 +174,7 @@ class Recording:
                 "rate": [short(before[0]), short(after[0])], "tier": [before[1], after[1]]})
         return outlines
 
-    def show(self, slot, trained, open_video):
+    def show(self, slot, trained):
         """A group whole. trained: (log-probs, entropy) of each completion; None: not trained on"""
         group, sample = self.groups[slot], self.drawn[slot]
         completions = []
@@ -185,8 +199,7 @@ class Recording:
             completions.append(shown)
         return {"slot": slot, "question": sample.question, "answer": sample.answer,
                 "video": sample.video, "prefix": len(group.prompt.ids),
-                "vision": len(group.prompt.vision),
-                "frames": frames_shown(open_video, sample.video, self.run.config.frames),
+                "vision": len(group.prompt.vision), "frames": self.frames[slot].result(),
                 "update": self.update.get(slot), "completions": completions}
 
 
