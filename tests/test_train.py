@@ -371,6 +371,12 @@ def test_a_step_trains_on_the_balanced_groups_and_notes_them_all(run, tmp_path, 
         row["valid_groups"] for row in rows if row["valid_groups"]]
     assert max(map(len, trained)) <= 2
     assert not {f"q{i}" for i in range(9)} & set(sum(trained, []))
+    fates = [{group["id"]: group["fate"] for group in row["groups"]} for row in rollouts(out)]
+    kept = [[id for id in fate if fate[id] == "kept"] for fate in fates]
+    assert [ids for ids in kept if ids] == trained
+    cut = ["cut by balance" in fate.values() for fate in fates]
+    assert cut == [round((1 - row["invalid_rate"]) * 2 * row["oversample"]) > row["valid_groups"]
+                   for row in rows]
     assert visits(state(out)["curriculum"]) == 2 * sum(row["oversample"] for row in rows)
 
 
