@@ -78,10 +78,10 @@ class Recording:
         """step: from 0; drawn: the `Sample`s of the step."""
         self.run, self.curriculum, self.path = run, curriculum, path
         self.step, self.drawn = step + 1, drawn
-        self.kept = is_kept(self.step, run.config.rl_steps)
+        self.active = is_kept(self.step, run.config.rl_steps)
         self.chosen = []       # slots of the groups that are shown whole
         self.trained = {}      # {slot: (log-probs, entropy) of each completion trained on here}
-        if self.kept and run.ranks.rank == 0:
+        if self.active and run.ranks.rank == 0:
             used = [id for id in curriculum.ids if id not in curriculum.dropped]
             tiers = Counter(map(curriculum.tier, used))
             self.tiers = [tiers[tier] for tier in range(5)]
@@ -99,7 +99,7 @@ class Recording:
         slots that are trained on; ungraded: {id: why}. All but groups are equal on all ranks.
         open_video(path, frames) -> `Video`
         """
-        if not self.kept:
+        if not self.active:
             return
         self.facts, self.ungraded = facts, ungraded
         self.fates = {}
@@ -141,7 +141,7 @@ class Recording:
 
     def write(self):
         """Write the step's line."""
-        if not self.kept:
+        if not self.active:
             return
         trained = {}           # sp ranks have the completions of a group in the order of ranks
         for of_rank in gather(self.trained, self.run.ranks):
