@@ -137,6 +137,7 @@ def reinforce(run, stage, by_id, held_out):
         #    more, the last steps tell (RLCS). Question i of all belongs to dp group i % dp.
         asked = curriculum.expanded(c.prompts_per_step, batches.draw_multiple(c, ranks))
         drawn = [by_id[id] for id in curriculum.draw(asked)]
+        recording = stage.recording(step, drawn)           # for out/rollouts.jsonl
 
         # 2. Encode. A video's frames are split over the sp ranks, encoded once, gathered and kept:
         #    the same vision tokens serve all G completions and the training below (MR-SP, stage 1).
@@ -170,6 +171,7 @@ def reinforce(run, stage, by_id, held_out):
         capped = curriculum.note_valid(signal, len(accuracies), c.oversample_cap)
         kept = balanced(accuracies, c.prompts_per_step)                                    # slots
         metrics.warn_of_shortage(run, step, len(kept), signal, len(accuracies), capped)
+        recording.choose(groups, facts, kept, ungraded, data.open_video)
 
         # 6. Learn. Each update has groups of its own, dealt out so that all ranks do equal work
         #    (GLM-4.1V §5.4). Its loss is divided by what the update has over all ranks.
@@ -189,6 +191,7 @@ def reinforce(run, stage, by_id, held_out):
                         c.clip_low, c.clip_high, c.loss_average, divisor)
                     loss.backward()
                     meter.add(batch, logprobs, entropy, clip_counts)
+                    recording.add(batch, logprobs, entropy)
                 meter.end_update(ranks, c.stage2)
                 metrics.check_gap(meter.sampler_gap()[0], c.dtype)
                 n = step * c.updates_per_rollout + len(norms)
@@ -206,6 +209,7 @@ def reinforce(run, stage, by_id, held_out):
                    "dropped": len(curriculum.dropped), "unscored": len(ungraded),
                    "balance": mean(balance) if balance else 1.0, "grad_norm": mean(norms)}
         metrics.show(run, step, groups, ungraded)
+        recording.write()
         if c.eval_every and ((step + 1) % c.eval_every == 0 or step + 1 == c.rl_steps):
             record |= evaluate.for_the_log(run, held_out, f"RL {step + 1}")
         stage.log(step, metrics.one_line(record, asked), **record)

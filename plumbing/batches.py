@@ -16,6 +16,7 @@ from plumbing.ranks import gather, shard
 @dataclass
 class Batch:
     """The groups of one forward: B prompts, N completions in all, padded to L tokens."""
+    slots: list                 # B places of their `Group`s; -1: without weight
     prompts: list               # B `Prompt`s
     tokens: list                # B lists of long [L]
     old_logprobs: torch.Tensor  # [N, L] float32, under the sampler
@@ -85,7 +86,8 @@ def make_batch(groups, device):
     completions = [x for group in groups for x in group.completions]
     old_logprobs = pad_sequence([x.logprobs for x in completions], batch_first=True)       # [N, L]
     sampled = pad_sequence([x.sampled for x in completions], batch_first=True)             # [N, L]
-    return Batch(prompts=[group.prompt for group in groups],
+    return Batch(slots=[group.slot for group in groups],
+                 prompts=[group.prompt for group in groups],
                  tokens=[[x.tokens for x in group.completions] for group in groups],
                  old_logprobs=old_logprobs.to(device),
                  sampled=sampled.to(device),
@@ -117,7 +119,7 @@ def taught_groups(tokenizer, prompts, texts, end):
 def one_completion(sample, prompt, tokens, sampled):
     completion = Completion(tokens, sampled, torch.zeros(len(tokens), device=tokens.device),
                             text="", forced=False, truncated=False)
-    return Group(0, sample, prompt, [completion], advantages=torch.ones(1))
+    return Group(-1, sample, prompt, [completion], advantages=torch.ones(1))
 
 
 def token_counts(slots, facts):

@@ -6,9 +6,10 @@ import math
 import os
 from dataclasses import asdict
 
-from plumbing import resume
+from plumbing import record, resume
 from plumbing.metrics import Log
 from plumbing.optimizer import make_optimizer, restore
+from plumbing.page import write_page
 from plumbing.plots import draw_curves
 from plumbing.progress import Report, seconds_of_steps
 
@@ -37,6 +38,9 @@ class Progress:
         self.bad_steps = 0
         self.log = Log(os.path.join(config.out_dir, "metrics.jsonl"), ranks, lines,
                        config.tensorboard)
+        self.rollouts = os.path.join(config.out_dir, "rollouts.jsonl")
+        if ranks.rank == 0:
+            record.cut_back(self.rollouts, self.done["rl"], config.rl_steps)
 
     def save(self, run, stage, step):
         """A checkpoint after `step` steps of a stage."""
@@ -47,6 +51,7 @@ class Progress:
             copies = stage.optimizer.param_groups[0]["params"]
         if run.ranks.rank == 0:
             draw_curves(self.log.lines, os.path.join(self.out_dir, "curves.png"))
+            write_page(self.out_dir)
         resume.save(run, {
             "step": self.step, "previous": self.previous, "lines": self.log.count,
             "done": self.done, "config": self.config, "stage": stage.name,
@@ -92,6 +97,10 @@ class Stage:
             if id not in dropped:
                 self.curriculum.drop(id, why)
                 self.run.say(f"dropped {id}: {why} ({len(dropped)} dropped so far)")
+
+    def recording(self, step, drawn):
+        """What collects a line of rollouts.jsonl in this RL step, counted from 0."""
+        return record.Recording(self.run, self.curriculum, self.progress.rollouts, step, drawn)
 
     def log(self, step, note, **values):
         """Log one step, counted from 0, and tell of it with a note."""

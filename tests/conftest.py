@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 pytest.register_assert_rewrite("runs")
 
-from runs import copied, files, one_thread, run, short  # noqa: E402, F401
+from runs import copied, files, one_thread, run, short, short_dir  # noqa: E402, F401
 
 # vLLM's own environment runs these: see tests/vllm_cpu.sh and .ci/run.
 collect_ignore = [] if find_spec("vllm") else ["test_vllm.py"]

@@ -150,6 +150,12 @@ def metrics(out_dir, stage=None):
     return [row for row in rows if stage in (None, row["stage"])]
 
 
+def rollouts(out_dir):
+    """The lines of rollouts.jsonl."""
+    with open(os.path.join(out_dir, "rollouts.jsonl")) as f:
+        return [json.loads(line, parse_constant=no_constant) for line in f]
+
+
 def logged_steps(out_dir):
     """(stage, step) of each whole line that a run has written so far."""
     path = os.path.join(out_dir, "metrics.jsonl")
@@ -232,6 +238,22 @@ def close(a, b, within):
                 x["stage"], x["step"], key)
 
 
+def alike(a, b, within, where=""):
+    """Values of JSON are equal but for an error of their numbers."""
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            alike(a[key], b[key], within, f"{where} {key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            alike(*pair, within, f"{where} {i}")
+    elif isinstance(a, float):
+        assert a == pytest.approx(b, rel=within, abs=within), where
+    else:
+        assert a == b, where
+
+
 # --------------------------------------------------------------------------------------------------
 # questions
 
@@ -291,11 +313,17 @@ def copied(run, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def short(run, tmp_path_factory):
-    """Metrics of two steps of cold start and two of RL, from the shared run's checkpoint."""
+def short_dir(run, tmp_path_factory):
+    """What two steps of cold start and two of RL left, from the shared run's checkpoint."""
     out = tmp_path_factory.mktemp("short") / "out"
     alone(**{**run.how, **SHORT, "model": run.model, "out_dir": out})
-    rows = metrics(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def short(short_dir):
+    """Its metrics."""
+    rows = metrics(short_dir)
     assert sum(row["valid_groups"] for row in rows if row["stage"] == "rl") > 1
     return rows
 

@@ -8,7 +8,19 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from runs import SHORT, alone, ended, flags, metrics, question, refused, state, torchrun, write
+from runs import (
+    SHORT,
+    alone,
+    ended,
+    flags,
+    metrics,
+    question,
+    refused,
+    rollouts,
+    state,
+    torchrun,
+    write,
+)
 
 from curriculum import Curriculum, has_signal
 from plumbing.mixture import mixed, shares
@@ -170,6 +182,11 @@ def test_a_run_draws_its_mixture_on_one_rank_and_two_and_after_a_restart(run, tm
     alone(**{**how, "out_dir": tmp_path / "parts"})
     two = ended(torchrun(*flags(**{**how, "sp": 1, "out_dir": tmp_path / "two"})))
     assert two.code == 0, two.err
+    recorded = rollouts(tmp_path / "whole")
+    assert recorded == rollouts(tmp_path / "parts")        # rl_steps was raised
+    assert [row["tiers"] for row in recorded] == [
+        row["tiers"] for row in rollouts(tmp_path / "two")]
+    assert all(sum(row["tiers"]) == 12 for row in recorded)
     whole = state(tmp_path / "whole")["curriculum"]
     assert state(tmp_path / "parts")["curriculum"] == whole
     other = state(tmp_path / "two")["curriculum"]

@@ -27,6 +27,7 @@ from runs import (
     one_clear_line,
     question,
     refused,
+    rollouts,
     run_of,
     same,
     script,
@@ -44,7 +45,7 @@ import model as vlm
 import train
 from plumbing import resume
 
-FINISHED = ["curves.png", "metrics.jsonl", "model"]        # beside the checkpoints
+FINISHED = ["curves.png", "metrics.jsonl", "model", "rollouts.jsonl"]    # beside checkpoints
 
 
 def checkpoints(*steps):
@@ -117,6 +118,7 @@ def test_with_more_steps_a_finished_run_goes_on(run, copied):
     with open(os.path.join(copied, "metrics.jsonl")) as f:
         assert f.read().startswith(before)
     assert [row["step"] for row in metrics(copied, "rl")] == list(range(1, 10))
+    assert rollouts(copied)[:7] == rollouts(run.dir) and len(rollouts(copied)) == 9
     assert newest_name(copied) == f"ckpt-{LAST + 2}"
     assert not same(weights(copied), weights(run.dir))
 
@@ -146,11 +148,13 @@ def test_a_run_that_is_killed_and_started_again_is_as_if_never_stopped(run, tmp_
             saved = state(out)
             assert saved["step"] >= kept
             assert len(metrics(out)) > saved["lines"]      # else nothing would have to be cut
-            with open(os.path.join(out, "metrics.jsonl"), "a") as f:
-                f.write('{"step": 5, "sta')                # killed while it wrote a line
+            for name in ("metrics.jsonl", "rollouts.jsonl"):
+                with open(os.path.join(out, name), "a") as f:
+                    f.write('{"step": 5, "sta')            # killed while it wrote a line
         processes = two_ranks(arguments, (log, log))
         assert [p.wait(BOUND) for p in processes] == [0, 0], (tmp_path / "log").read_text()
     assert timeless(metrics(out)) == timeless(metrics(run.dir))
+    assert rollouts(out) == rollouts(run.dir)
     assert same(weights(out), weights(run.dir))
     a, b = state(out), state(run.dir)
     assert all(same(a[key], b[key]) for key in ("optimizer", "curriculum", "done", "lines"))

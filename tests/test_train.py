@@ -21,6 +21,7 @@ from runs import (
     SHORT,
     SMALL,
     TRAIN,
+    alike,
     alone,
     close,
     ended,
@@ -30,6 +31,7 @@ from runs import (
     one_clear_line,
     question,
     refused,
+    rollouts,
     run_of,
     same,
     script,
@@ -190,6 +192,13 @@ def test_a_run_goes_on_the_same_with_other_ranks(ranks, sp):
     close(one[1:], two[1:], 1e-3)
     assert [row["balance"] for row in one] == [1, 1]
     assert all(1 <= row["balance"] <= 2 / sp for row in two)
+    one, two = (rollouts(ranks.folder / f"out{n}")[-2:] for n in (0, sp))
+    if sp == 1:            # rank 0 shows what it has: the even slots
+        for row in two:
+            assert row["shown"] and all(group["slot"] % 2 == 0 for group in row.pop("shown"))
+        for row in one:
+            del row["shown"]
+    alike(one, two, 1e-3)
 
 
 @pytest.mark.parametrize("sp", [2, 1])
@@ -198,11 +207,12 @@ def test_two_ranks_write_the_grades_of_one(ranks, sp):
     assert one == two and one.count("\n") == 12
 
 
-def test_a_sharded_sequence_changes_nothing(ranks, short):
+def test_a_sharded_sequence_changes_nothing(ranks, short, short_dir):
     """Stage 2: cold start and RL with the sequence of each group cut in two."""
     sharded = metrics(ranks.folder / "sharded")
     close(short[:1], sharded[:1], 1e-5)
     close(short, sharded, 1e-3)
+    alike(rollouts(short_dir), rollouts(ranks.folder / "sharded"), 1e-3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -289,6 +299,11 @@ def test_a_step_without_signal_is_skipped_and_says_so(run, tmp_path, capsys):
         assert f"RL {row['step']}: no group has answers that differ in accuracy" in said
     assert len(rows) == 2
     assert 0 < sum(row["format"] for row in rows) < 2      # so that rewards did differ
+    for row in rollouts(out):
+        assert {group["fate"] for group in row["groups"]} == {"no signal"}
+        [shown] = row["shown"]
+        assert shown["slot"] == 0 and shown["update"] is None
+        assert all(x["new"] is x["entropy"] is None for x in shown["completions"])
 
 
 def test_a_step_all_of_whose_videos_are_bad_is_empty_and_the_run_goes_on(run, tmp_path, capsys):
@@ -301,6 +316,10 @@ def test_a_step_all_of_whose_videos_are_bad_is_empty_and_the_run_goes_on(run, tm
     assert rows[-1]["dropped"] == 1
     assert sum(row["length"] == 0 for row in rows) == 1
     assert said.count("dropped gone: ") == 1
+    empty = [row for row in rollouts(out) if not row["shown"]]
+    [group] = empty[0]["groups"]
+    assert len(empty) == 1 and group["fate"] == "dropped" and "missing.mp4" in group["why"]
+    assert group["accuracies"] == []
     write(tmp_path / "q.jsonl", question(1, id="gone", video="missing.mp4"))
     refused({**how, "out_dir": f"{out}-none"}, "no sample is left")
 
@@ -352,6 +371,12 @@ def test_a_step_trains_on_the_balanced_groups_and_notes_them_all(run, tmp_path, 
         row["valid_groups"] for row in rows if row["valid_groups"]]
     assert max(map(len, trained)) <= 2
     assert not {f"q{i}" for i in range(9)} & set(sum(trained, []))
+    fates = [{group["id"]: group["fate"] for group in row["groups"]} for row in rollouts(out)]
+    kept = [[id for id in fate if fate[id] == "kept"] for fate in fates]
+    assert [ids for ids in kept if ids] == trained
+    cut = ["cut by balance" in fate.values() for fate in fates]
+    assert cut == [round((1 - row["invalid_rate"]) * 2 * row["oversample"]) > row["valid_groups"]
+                   for row in rows]
     assert visits(state(out)["curriculum"]) == 2 * sum(row["oversample"] for row in rows)
 
 
@@ -424,6 +449,10 @@ def test_a_verifier_of_ones_own_grades_and_where_it_fails_samples_are_ungraded_a
     assert "not graded hard4: domain 'hard': ConnectionError: the judge does not answer" in said
     assert sum(row["unscored"] for row in rows) >= 2
     assert rows[-1]["dropped"] == 0, "it is asked again: the judge may be back"
+    for row, recorded in zip(rows, rollouts(how["out_dir"])):
+        failed = [group for group in recorded["groups"] if group["fate"] == "not graded"]
+        assert len(failed) == row["unscored"]
+        assert all(group["why"] and group["accuracies"] == [] for group in failed)
     for row in rows:
         if row["length"]:
             assert row["accuracy"] in (0, 0.25, 0.75) or 0.2 < row["accuracy"] < 0.8
