@@ -12,14 +12,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from PIL import Image
+
+WHERE = "pip install -r tests/requirements.txt"
+nbformat = pytest.importorskip("nbformat", reason=WHERE)
+nbclient = pytest.importorskip("nbclient", reason=WHERE)
+pytest.importorskip("ipykernel", reason=WHERE)
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "docs" / "walkthrough.ipynb"
-COLOURS = 64           # of a stored picture: a third of the bytes
+COLOURS = 128          # of a stored picture: fewer bytes
 MOST_BYTES = 500_000
 
 
@@ -38,8 +41,8 @@ def hash_of_code(notebook):
 
 def execute(notebook):
     """In a new kernel, started in docs/ as Jupyter does. Raises CellExecutionError."""
-    NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False,
-                   resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False,
+                            resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
 
 
 def printed(notebook, stream="stdout"):
