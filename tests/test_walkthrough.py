@@ -66,9 +66,10 @@ def check_facts(notebook):
     text = printed(notebook)
     assert "joined: 7 tokens, equal to those of one rank" in text
     assert "made twice, encoded 1 time\n" in text
-    assert re.search(r"^\d+ forced tokens: sum of \|gradient\| = 0\.0$", text, re.M)
-    assert re.search(r"all ratios are 1 within \de-0[5-9]$", text, re.M)
-    assert re.search(r"Log-probabilities differ by at most \de-0[5-9]$", text, re.M)
+    assert re.search(r"^[1-9]\d* forced tokens: sum of \|gradient\| = 0\.0$", text, re.M)
+    rounding = r"(\de-0[5-9]|0e\+00)$"
+    assert re.search("all ratios are 1 within " + rounding, text, re.M)
+    assert re.search("Log-probabilities differ by at most " + rounding, text, re.M)
     assert len(pictures(notebook)) == 10
 
 
@@ -80,9 +81,12 @@ def own_jupyter(tmp_path, monkeypatch):
 
 
 def test_it_runs_with_a_model_that_knows_little(run, own_jupyter, monkeypatch):
-    """That of a few steps answers nearly at random: no group of it need have signal."""
+    """After a few steps of training no answer need be right. Its thoughts are a few tokens long:
+    it gets less time for them, so that answers are forced."""
     monkeypatch.setenv("WALKTHROUGH_MODEL", run.model)
     notebook = read()
+    for cell in code_cells(notebook):
+        cell.source = cell.source.replace("think_budget=46", "think_budget=4")
     execute(notebook)
     check_facts(notebook)
     assert printed(notebook, "stderr") == ""
@@ -96,7 +100,6 @@ def test_what_is_stored_comes_from_the_code():
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert all(cell.outputs for cell in cells)
     check_facts(notebook)
-    assert int(re.search(r"(\d+) forced tokens", printed(notebook))[1]) > 0
     rows = re.findall(r"(right|wrong) +([+-]\d\.\d+) +([\d.]+) -> ([\d.]+)$",
                       printed(notebook), re.M)
     assert {row[0] for row in rows} == {"right", "wrong"}
