@@ -45,7 +45,7 @@ import model as vlm
 import train
 from plumbing import resume
 
-FINISHED = ["curves.png", "metrics.jsonl", "model", "rollouts.jsonl"]    # beside checkpoints
+FINISHED = ["curves.png", "metrics.jsonl", "model", "rollouts.jsonl", "watch.html"]
 
 
 def checkpoints(*steps):
