@@ -22,11 +22,11 @@ from runs import (
     ended,
     flags,
     group_of,
+    launched,
     learn,
     metrics,
     run_of,
     same,
-    torchrun,
     weights,
 )
 from test_bench import make_row
@@ -167,13 +167,14 @@ def peaks(ranks, **how):
     sharding.shard_parameters(work.model, ranks)
     work.optimizer = make_optimizer(work.model, 1e-6)
     prompt = work.prompt()
-    with pytest.MonkeyPatch.context() as patch, live:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "update", lambda *_: 0.0)
         work.step(0, Clock())                              # leaves gradients: the next step adds
         patch.setattr(rollout_file, "rollout", live.watch("rollout", rollout_file.rollout, most))
         patch.setattr(bench, "forward_backward",
                       live.watch("training", bench.forward_backward, most))
-        work.step(1, Clock())
+        with live:
+            work.step(1, Clock())
     update(work.model, work.optimizer, 1e-6, ranks)
     sizes = {"weights": nbytes(work.model.parameters()),
              "optimizer": nbytes(moments(work.optimizer))}
@@ -226,7 +227,7 @@ def ran(files, tmp_path_factory):  # noqa: F811
     how = {"data": files.data, "eval_data": files.eval_data}
     alone(**{**SMALL, **how, "rl_steps": 0, "eval_every": 0, "out_dir": folder / "base"})
     for world in (2, 4):
-        result = ended(torchrun(str(world), str(folder), files.data, files.eval_data,
+        result = ended(launched(str(world), str(folder), files.data, files.eval_data,
                                 script=os.path.abspath(__file__), world=world))
         assert result.code == 0, result.err
         if world == 2:

@@ -8,7 +8,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from runs import SHORT, alone, ended, flags, metrics, question, refused, state, torchrun, write
+from runs import SHORT, alone, ended, flags, launched, metrics, question, refused, state, write
 
 from curriculum import Curriculum, has_signal
 from plumbing.mixture import mixed, shares
@@ -168,7 +168,7 @@ def test_a_run_draws_its_mixture_on_one_rank_and_two_and_after_a_restart(run, tm
     alone(**{**how, "out_dir": tmp_path / "whole"})
     alone(**{**how, "rl_steps": 2, "out_dir": tmp_path / "parts"})
     alone(**{**how, "out_dir": tmp_path / "parts"})
-    two = ended(torchrun(*flags(**{**how, "sp": 1, "out_dir": tmp_path / "two"})))
+    two = ended(launched(*flags(**{**how, "sp": 1, "out_dir": tmp_path / "two"})))
     assert two.code == 0, two.err
     whole = state(tmp_path / "whole")["curriculum"]
     assert state(tmp_path / "parts")["curriculum"] == whole
