@@ -55,6 +55,7 @@ def one_rank(rank, name, world, port, folder, thing):
         except Exception:
             bring(case.__name__, traceback.format_exc())
             raise
+    dist.barrier()                                         # another may still be connecting
     dist.destroy_process_group()
 
 
