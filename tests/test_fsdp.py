@@ -167,14 +167,13 @@ def peaks(ranks, **how):
     sharding.shard_parameters(work.model, ranks)
     work.optimizer = make_optimizer(work.model, 1e-6)
     prompt = work.prompt()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, live:
         patch.setattr(bench, "update", lambda *_: 0.0)
         work.step(0, Clock())                              # leaves gradients: the next step adds
         patch.setattr(rollout_file, "rollout", live.watch("rollout", rollout_file.rollout, most))
         patch.setattr(bench, "forward_backward",
                       live.watch("training", bench.forward_backward, most))
-        with live:
-            work.step(1, Clock())
+        work.step(1, Clock())
     update(work.model, work.optimizer, 1e-6, ranks)
     sizes = {"weights": nbytes(work.model.parameters()),
              "optimizer": nbytes(moments(work.optimizer))}
