@@ -11,9 +11,13 @@ import math
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -71,30 +75,78 @@ def torchrun(*arguments, script=TRAIN, world=2, **how):
                             text=True, **how)
 
 
-def ended(process):
-    """-> code, out and err of a process. One that is still running after BOUND fails the test."""
+class Launched:
+    """A process of tests/launch.py, with what is used of a Popen."""
+
+    def __init__(self, folder, pid):
+        self.folder, self.pid = folder, pid
+
+    def poll(self):
+        code = os.path.join(self.folder.name, "code")
+        return int(read_text(code)) if os.path.exists(code) else None
+
+    def wait(self, timeout):
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("launch.py", timeout)
+            time.sleep(0.02)
+        return self.poll()
+
+    def communicate(self, timeout=BOUND):
+        """-> out, err"""
+        self.returncode = self.wait(timeout)
+        return [read_text(os.path.join(self.folder.name, name)) for name in ("out", "err")]
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def terminate(self):
+        """All processes that it started are of its session."""
+        os.killpg(self.pid, signal.SIGTERM)
+
+
+@cache
+def launcher():
+    """The process of tests/launch.py. It ends with this one, which closes its stdin."""
+    command = [sys.executable, os.path.join(ROOT, "tests", "launch.py")]
+    return subprocess.Popen(command, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            text=True)
+
+
+def launched(*arguments, script=TRAIN, world=2, env=None, cwd="."):
+    """As `torchrun`, by its own agent, but the ranks need not import what one process has imported.
+    Without it where world is 0: `python SCRIPT ARGUMENTS`."""
+    folder, process = tempfile.TemporaryDirectory(), launcher()
+    request = [folder.name, env or {}, os.path.abspath(cwd), world, script, arguments]
+    print(json.dumps(request), file=process.stdin, flush=True)
+    return Launched(folder, int(process.stdout.readline()))
+
+
+def ended(process, bound=BOUND):
+    """-> code, out and err of a process. One that is still running after so many seconds fails the
+    test."""
     try:
-        out, err = process.communicate(timeout=BOUND)
+        out, err = process.communicate(timeout=bound)
     except subprocess.TimeoutExpired:
         process.terminate()                                # torchrun ends its ranks
         out, err = process.communicate()
-        pytest.fail(f"still running after {BOUND} s\n{out}\n{err}")
+        pytest.fail(f"still running after {bound} s\n{out}\n{err}")
     return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 
-def two_ranks(arguments, stderr, script=TRAIN):
-    """Two ranks without torchrun, which would start each in a session of its own: SIGKILL reaches
-    them all. Rank 0 hosts the store in which they meet. stderr: a file for each rank."""
+def two_ranks(arguments, script=TRAIN, env=None):
+    """Two ranks without torchrun, which would end one where the other is killed. Rank 0 hosts the
+    store in which they meet."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(port)}
+             "MASTER_PORT": str(port), **(env or {})}
     processes = []
-    for rank, file in enumerate(stderr):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(subprocess.Popen([sys.executable, script, *arguments], stdout=file,
-                                          stderr=file, env={**ENV, **world, **own}))
+    for rank in ("0", "1"):
+        of_rank = {**world, "RANK": rank, "LOCAL_RANK": rank}
+        processes.append(launched(*arguments, script=script, world=0, env=of_rank))
     return processes
 
 
@@ -265,6 +317,11 @@ def question(i, **other):
 def write(path, *records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
+
+
+def read_text(path):
+    with open(path) as f:
+        return f.read()
 
 
 def write_text(path, text):

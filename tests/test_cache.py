@@ -12,9 +12,7 @@ import multiprocessing
 import os
 import resource
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -26,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import ended, launched
 
 import data
 import encode
@@ -39,10 +38,6 @@ from plumbing.store import Ahead
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ALONE = encode.Ranks()
-OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-ENV = {name: value for name, value in os.environ.items() if name not in OF_TORCHRUN}
-ENV |= {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false"}
 
 
 def clip(path, seed, frames=10, size=56):
@@ -680,14 +675,9 @@ def brought(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("processes")
     shutil.copytree(tiny, folder / "model")
     write_clips(folder)
-    run = subprocess.Popen([sys.executable, os.path.abspath(__file__), str(folder)], env=ENV,
-                           stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                           start_new_session=True)
-    try:
-        _, errors = run.communicate(timeout=300)
-    finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
+    env = {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    process = launched(str(folder), script=os.path.abspath(__file__), world=0, env=env)
+    errors = ended(process, 300).err
 
     def look(world, case):
         if not case:

@@ -6,13 +6,12 @@ plumbing/checkpoints.py. What differs between the families is in test_families.p
 import copy
 import json
 import os
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
 import torch
 from PIL import Image
+from runs import ended, launched
 from safetensors.torch import load_file, save_file
 from small import answers, frames, shaken_tiny
 from test_model import NASTY, RAGGED, separate, three_prompts, turn
@@ -222,15 +221,13 @@ def test_load_refuses_a_directory_without_config(tmp_path):
 
 def test_a_hub_name_without_a_hub_is_one_line_that_names_it():
     """transformers' own lines are several. A process of its own: whether there is a hub is settled
-    at import."""
-    command = [sys.executable, "rollout.py", "--model=nobody/nothing", "--video=toy:3",
-               "--question=How many?"]
-    done = subprocess.run(command, text=True, capture_output=True,
-                          cwd=os.path.dirname(vlm.__file__),
-                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    [line] = done.stderr.strip().split("\n")
+    at import, in runs.ENV."""
+    script = os.path.join(os.path.dirname(vlm.__file__), "rollout.py")
+    done = ended(launched("--model=nobody/nothing", "--video=toy:3", "--question=How many?",
+                          script=script, world=0))
+    [line] = done.err.strip().split("\n")
     right = "rollout.py: nobody/nothing is no directory here and did not come from the hub"
-    assert done.returncode == 1 and line.startswith(right), done.stderr
+    assert done.code == 1 and line.startswith(right), done.err
 
 
 @pytest.mark.parametrize("file, change", [

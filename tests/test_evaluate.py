@@ -18,10 +18,10 @@ from runs import (
     command,
     ended,
     flags,
+    launched,
     question,
     refused,
     script,
-    torchrun,
     write,
     write_text,
 )
@@ -163,7 +163,7 @@ def test_two_ranks_evaluate_as_one_does(run, tmp_path, capsys):
     how = options(run, out_dir=tmp_path / "out", pass_k=2)
     evaluate_here(how)
     expected = last_line(capsys)
-    processes = [torchrun(*flags(**how, sp=sp), script=EVALUATE) for sp in (1, 2)]
+    processes = [launched(*flags(**how, sp=sp), script=EVALUATE) for sp in (1, 2)]
     for two in map(ended, processes):
         assert two.code == 0, two.err
         assert json.loads(two.out.strip().split("\n")[-1]) == expected

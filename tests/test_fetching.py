@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import alone, close, ended, flags, metrics, question, torchrun, write
+from runs import alone, close, ended, flags, launched, metrics, question, write
 
 import model as vlm
 import train
@@ -130,7 +130,7 @@ def test_groups_bring_their_vision_tokens_to_other_ranks(run, tmp_path):
     how = {**run.how, **STEP, "model": run.model, "data": videos(tmp_path, *gone)}
     alone(**how, out_dir=tmp_path / "alone")
     size = size_of_one(run)
-    result = ended(torchrun(str(tmp_path), str(size), *flags(**how),
+    result = ended(launched(str(tmp_path), str(size), *flags(**how),
                             script=os.path.abspath(__file__), world=4))
     assert result.code == 0, result.err
     expected = metrics(tmp_path / "alone", "rl")

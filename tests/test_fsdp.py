@@ -23,12 +23,12 @@ from runs import (
     ended,
     flags,
     group_of,
+    launched,
     learn,
     metrics,
     rollouts,
     run_of,
     same,
-    torchrun,
     weights,
 )
 from test_bench import make_row
@@ -228,7 +228,7 @@ def ran(files, tmp_path_factory):  # noqa: F811
     how = {"data": files.data, "eval_data": files.eval_data}
     alone(**{**SMALL, **how, "rl_steps": 0, "eval_every": 0, "out_dir": folder / "base"})
     for world in (2, 4):
-        result = ended(torchrun(str(world), str(folder), files.data, files.eval_data,
+        result = ended(launched(str(world), str(folder), files.data, files.eval_data,
                                 script=os.path.abspath(__file__), world=world))
         assert result.code == 0, result.err
         if world == 2:

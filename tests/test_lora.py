@@ -23,13 +23,13 @@ from runs import (
     fingerprint,
     flags,
     group_of,
+    launched,
     learn,
     metrics,
     refused,
     run_of,
     same,
     state,
-    torchrun,
     weights,
 )
 from small import shake, shaken_tiny
@@ -247,7 +247,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tuned, tmp_path):
 
 def test_ranks_that_share_videos_and_layers_that_are_recomputed_learn_the_same(tuned, tmp_path):
     how, out = tuned
-    result = ended(torchrun(*flags(**how, stage2=True, checkpointing=True, out_dir=tmp_path)))
+    result = ended(launched(*flags(**how, stage2=True, checkpointing=True, out_dir=tmp_path)))
     assert result.code == 0, result.err
     close(metrics(out), metrics(tmp_path), within=5e-3)
     got, expected = weights(tmp_path), weights(out)

@@ -13,12 +13,12 @@ from runs import (
     alone,
     ended,
     flags,
+    launched,
     metrics,
     question,
     refused,
     rollouts,
     state,
-    torchrun,
     write,
 )
 
@@ -180,7 +180,7 @@ def test_a_run_draws_its_mixture_on_one_rank_and_two_and_after_a_restart(run, tm
     alone(**{**how, "out_dir": tmp_path / "whole"})
     alone(**{**how, "rl_steps": 2, "out_dir": tmp_path / "parts"})
     alone(**{**how, "out_dir": tmp_path / "parts"})
-    two = ended(torchrun(*flags(**{**how, "sp": 1, "out_dir": tmp_path / "two"})))
+    two = ended(launched(*flags(**{**how, "sp": 1, "out_dir": tmp_path / "two"})))
     assert two.code == 0, two.err
     recorded = rollouts(tmp_path / "whole")
     assert recorded == rollouts(tmp_path / "parts")        # rl_steps was raised

@@ -23,6 +23,7 @@ from runs import (
     TRAIN,
     ended,
     flags,
+    launched,
     logged_steps,
     metrics,
     one_clear_line,
@@ -30,7 +31,6 @@ from runs import (
     same,
     script,
     timeless,
-    torchrun,
     weights,
     write,
 )
@@ -76,7 +76,7 @@ def test_a_machine_that_dies_ends_the_other_and_both_go_on_when_started_again(tm
     how = {**HOW, "data": write(tmp_path / "q.jsonl", *map(question, range(6))),
            "eval_data": write(tmp_path / "e.jsonl", question(50))}
     out = str(tmp_path / "out")
-    whole = torchrun(*flags(**how, sp=1, out_dir=tmp_path / "whole"))
+    whole = launched(*flags(**how, sp=1, out_dir=tmp_path / "whole"))
     first, second = machines(*flags(**how, out_dir=out))
     seen, start = [], time.monotonic()
     while ("rl", 3) not in seen and time.monotonic() - start < BOUND and first.poll() is None:
@@ -132,7 +132,7 @@ def test_ranks_that_cannot_work_together_end_with_one_clear_line(tmp_path, lie, 
     """Before they have built anything between them: none waits for another."""
     (tmp_path / "liar.py").write_text(LIAR)
     how = {**HOW, "data": write(tmp_path / "q.jsonl", question(0)), "out_dir": tmp_path / "out"}
-    result = ended(torchrun(lie, *flags(**how), script=str(tmp_path / "liar.py")))
+    result = ended(launched(lie, *flags(**how), script=str(tmp_path / "liar.py")))
     one_clear_line(result, *says)
     assert not os.path.exists(tmp_path / "out")
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import worlds
+from runs import OF_TORCHRUN
 from worlds import World
 
 from flow import Ranks, VideoError
@@ -144,7 +145,7 @@ def test_code_is_known_in_the_folder_of_the_repo(monkeypatch):
 
 @pytest.fixture
 def no_torchrun(monkeypatch):
-    for name in worlds.TORCHRUN:
+    for name in OF_TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 

@@ -11,7 +11,6 @@ import json
 import os
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import ended, launched, two_ranks
 from transformers import DynamicCache
 
 import data
@@ -835,24 +835,9 @@ def test_two_ranks_share_the_sampling_and_both_get_the_whole_groups(tiny, prompt
     Each rank prefilled all prompts, for its part of each group. Now a prompt is prefilled once, but
     where there are fewer prompts than ranks."""
     model, tokenizer = tiny
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-           "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
-           "OMP_NUM_THREADS": "1"}
-    running = []
-    for rank in range(2):
-        running.append(subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)], stderr=subprocess.PIPE, text=True,
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=600)
-            assert process.returncode == 0, errors
-    finally:
-        for process in running:
-            process.kill()
+    processes = two_ranks([str(tmp_path)], os.path.abspath(__file__), {"CUDA_VISIBLE_DEVICES": ""})
+    for result in map(ended, processes):
+        assert result.code == 0, result.err
     alone = [rollout.rollout(model, tokenizer, prompts[:N], keys(N, G), ALONE, **HOW)
              for N, G in CASES]
     prefilled = torch.zeros(len(CASES))
@@ -913,10 +898,11 @@ def test_asking_a_checkpoint_prints_its_greedy_answer(tiny, checkpoint):
 
 def test_a_failing_command_says_why_in_one_line(checkpoint, tmp_path):
     """In a process of its own: exit status 1, the cause on standard error, no traceback."""
-    done = command(
-        f"--model={checkpoint}", f"--video={tmp_path / 'nope.mp4'}", "--question=How many?")
-    assert done.returncode == 1 and "nope.mp4" in done.stderr and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("rollout.py: ")
+    done = ended(launched(
+        f"--model={checkpoint}", f"--video={tmp_path / 'nope.mp4'}", "--question=How many?",
+        script=str(ROOT / "rollout.py"), world=0))
+    assert done.code == 1 and "nope.mp4" in done.err and "Traceback" not in done.err
+    assert done.err.strip().splitlines()[-1].startswith("rollout.py: ")
 
 
 @pytest.mark.parametrize("wrong, named", [

@@ -14,11 +14,11 @@ from runs import (
     STEPS,
     ended,
     group_of,
+    launched,
     learn,
     run_of,
     same,
     summed_gradient,
-    torchrun,
 )
 
 import model as vlm
@@ -91,7 +91,7 @@ def of_one_rank():
 def test_groups_that_move_train_as_if_they_had_stayed(of_one_rank, world, tmp_path):
     """D16, D29: each group is trained on by one dp group, with its own video bit for bit, and the
     ranks' gradients sum to one rank's."""
-    result = ended(torchrun(str(tmp_path), script=os.path.abspath(__file__), world=world))
+    result = ended(launched(str(tmp_path), script=os.path.abspath(__file__), world=world))
     assert result.code == 0, result.err
     results = torch.load(tmp_path / f"{world}.pt")
     assert len(results) == len(LAYOUTS[world]) * len(STEPS)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from runs import ended, launched
 
 import data
 import model as vlm
@@ -614,13 +615,9 @@ def test_nor_does_such_a_reader_read_or_point(extra_parts):
 # --------------------------------------------------------------------------------------------------
 # the sheet
 
-def command(folder, *arguments):
-    return subprocess.run([sys.executable, os.path.join(ROOT, "toy.py"), *arguments], cwd=folder,
-                          capture_output=True, text=True)
-
-
 def test_the_command_draws_the_sheet_of_the_readme(tmp_path):
-    done = command(tmp_path, "--out=sheet.png")
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "toy.py"), "--out=sheet.png"],
+                          cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert os.listdir(tmp_path) == ["sheet.png"]
     with Image.open(tmp_path / "sheet.png") as new, \
@@ -630,14 +627,17 @@ def test_the_command_draws_the_sheet_of_the_readme(tmp_path):
 
 def test_help_and_a_wrong_option_draw_nothing(tmp_path):
     """`python data.py --help` drew the picture into the repo."""
-    shown = command(tmp_path, "--help")
-    assert shown.returncode == 0 and "--out" in shown.stdout
-    refused = command(tmp_path, "--uot=sheet.png")
-    assert refused.returncode == 1
-    assert refused.stderr.strip().startswith("toy.py: unknown option 'uot'")
-    nowhere = command(tmp_path, "--out=missing/sheet.png")
-    assert nowhere.returncode == 1 and nowhere.stderr.strip().startswith("toy.py: ")
-    assert "Traceback" not in nowhere.stderr and os.listdir(tmp_path) == []
+    def draw(argument):
+        return ended(launched(argument, script=os.path.join(ROOT, "toy.py"), world=0, cwd=tmp_path))
+
+    shown = draw("--help")
+    assert shown.code == 0 and "--out" in shown.out
+    refused = draw("--uot=sheet.png")
+    assert refused.code == 1
+    assert refused.err.strip().startswith("toy.py: unknown option 'uot'")
+    nowhere = draw("--out=missing/sheet.png")
+    assert nowhere.code == 1 and nowhere.err.strip().startswith("toy.py: ")
+    assert "Traceback" not in nowhere.err and os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("readable", [True, False])

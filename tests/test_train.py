@@ -26,6 +26,7 @@ from runs import (
     close,
     ended,
     flags,
+    launched,
     learn,
     metrics,
     one_clear_line,
@@ -153,7 +154,7 @@ def ranks(run, files, tmp_path_factory):
     for name in ("out0", "out1", "out2"):
         shutil.copytree(run.dir, folder / name, symlinks=True)
     more = flags(**{**run.how, "rl_steps": 9, "eval_every": 2})
-    two = torchrun(run.model, files.data, str(folder), *more, script=os.path.abspath(__file__))
+    two = launched(run.model, files.data, str(folder), *more, script=os.path.abspath(__file__))
     steps = one_step_of_each_kind(ALONE, run.model, files.data)
     train.main(train.parse([*more, f"--out_dir={folder / 'out0'}"]))
     graded = flags(mode="grade", model=run.model, out_dir=folder / "graded0")
@@ -467,10 +468,11 @@ def test_a_verifier_of_ones_own_grades_and_where_it_fails_samples_are_ungraded_a
 
 @pytest.fixture(scope="module")
 def bad_runs(run):
-    """Three at once: refused before the ranks know one another, while they meet, and after."""
+    """Refused before the ranks know one another, while they meet, and after; the last by torchrun's
+    own command."""
     other = {**run.how, "out_dir": run.dir, "seed": 1, "lr": 0.5}
-    started = {"key": torchrun(*flags(**run.how), "--group_sise=8"),
-               "sp": torchrun(*flags(**run.how), "--sp=3"),
+    started = {"key": launched(*flags(**run.how), "--group_sise=8"),
+               "sp": launched(*flags(**run.how), "--sp=3"),
                "other": torchrun(*flags(**other))}
     return {name: ended(process) for name, process in started.items()}
 
@@ -513,14 +515,10 @@ def test_an_sp_that_does_not_divide_ends_every_rank_where_rank_0_hosts_the_store
     """Rank 0 ended at once, and took the store with it in which a slower rank was still reading:
     that one died of a broken connection. Without torchrun the store is rank 0's own."""
     (tmp_path / "slow.py").write_text(SLOW_READER)
-    paths = [tmp_path / f"{rank}.err" for rank in range(2)]
-    with open(paths[0], "w") as first, open(paths[1], "w") as second:
-        arguments = flags(**run.how, sp=3, out_dir=tmp_path / "out")
-        processes = two_ranks(arguments, (first, second), script=str(tmp_path / "slow.py"))
-        codes = [p.wait(120) for p in processes]
-    for code, path in zip(codes, paths):
-        result = SimpleNamespace(code=code, err=path.read_text())
-        one_clear_line(result, "sp = 3 does not divide the 2 ranks", "--nproc_per_node")
+    arguments = flags(**run.how, sp=3, out_dir=tmp_path / "out")
+    for process in two_ranks(arguments, script=str(tmp_path / "slow.py")):
+        one_clear_line(ended(process, 120), "sp = 3 does not divide the 2 ranks",
+                       "--nproc_per_node")
     assert not (tmp_path / "out").exists()
 
 

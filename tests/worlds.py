@@ -6,9 +6,7 @@ The tests look at what `start` then reads.
 """
 import multiprocessing
 import os
-import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -16,11 +14,11 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from runs import ended, launched
 
 from plumbing import ranks
 
 PATIENCE = 120         # seconds for all ranks of a world
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass
@@ -57,6 +55,7 @@ def one_rank(rank, name, world, port, folder, thing):
         except Exception:
             bring(case.__name__, traceback.format_exc())
             raise
+    dist.barrier()                                         # another may still be connecting
     dist.destroy_process_group()
 
 
@@ -83,25 +82,16 @@ def run(worlds, folder, thing=None):
 def start(worlds, script, folder, *arguments):
     """Run `script folder arguments`, which calls `run`. -> brought(world, case): what each rank
     brought from it, in order of rank"""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    env = {key: value for key, value in os.environ.items() if key not in TORCHRUN}
-    env.update(PYTHONPATH=root, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
-               TOKENIZERS_PARALLELISM="false")
-    command = [sys.executable, os.path.abspath(script), str(folder), *arguments]
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    try:
-        _, errors = process.communicate(timeout=PATIENCE * len(worlds) + 60)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, errors
+    env = {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    process = launched(str(folder), *arguments, script=os.path.abspath(script), world=0, env=env)
+    result = ended(process, PATIENCE * len(worlds) + 60)
+    assert result.code == 0, result.err
 
     def brought(world, case):
         results = []
         for rank in range(worlds[world].size):
             path = os.path.join(folder, f"{world}-{case}-{rank}.pt")
-            assert os.path.exists(path), f"{world}: rank {rank} never finished {case}\n{errors}"
+            assert os.path.exists(path), f"{world}: rank {rank} never finished {case}\n{result.err}"
             results.append(torch.load(path, weights_only=False))
             assert case == "start" or not isinstance(results[-1], str), results[-1]
         return results
