@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cache import ENV, change_byte, clip
+from runs import ENV
+from test_cache import change_byte, clip
 
 import data
 from flow import VideoError
