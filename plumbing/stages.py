@@ -43,7 +43,7 @@ class Progress:
             record.cut_back(self.rollouts, self.done["rl"], config.rl_steps)
 
     def save(self, run, stage, step):
-        """A checkpoint after `step` steps of a stage."""
+        """A checkpoint after `step` steps of a stage, with the pictures of the run so far."""
         self.done[stage.name] = step
         self.previous, self.step = self.step, sum(self.done.values())
         copies = []
@@ -51,12 +51,13 @@ class Progress:
             copies = stage.optimizer.param_groups[0]["params"]
         if run.ranks.rank == 0:
             draw_curves(self.log.lines, os.path.join(self.out_dir, "curves.png"))
-            write_page(self.out_dir)
         resume.save(run, {
             "step": self.step, "previous": self.previous, "lines": self.log.count,
             "done": self.done, "config": self.config, "stage": stage.name,
             "optimizer": stage.optimizer.state_dict(), "copies": copies,
             "curriculum": stage.curriculum.state_dict()})
+        if run.ranks.rank == 0:
+            write_page(self.out_dir)
 
 
 class Stage:
