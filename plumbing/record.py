@@ -110,15 +110,13 @@ class Recording:
                 self.fates[slot] = "no signal"
             else:
                 self.fates[slot] = "cut by balance"
-        # Rank 0 has the completions of its own dp group. The first group matters most.
-        here = [slot for slot in self.fates if slot % self.run.ranks.dp == 0]
-        for fate, place in (("kept", 0), ("no signal", 0), ("cut by balance", 0), ("kept", 1)):
-            slots = [slot for slot in here if self.fates[slot] == fate]
-            self.chosen += slots[place:place + 1]
-        self.groups = {group.slot: group for group in groups if group.slot in self.chosen}
         self.update = {}       # {slot: number of the update that trains on it}
         for number, part in enumerate(split(kept, self.run.config.updates_per_rollout)):
             self.update |= dict.fromkeys(part, number)
+        # Rank 0 has the completions of its own dp group.
+        here = [slot for slot in self.fates if slot % self.run.ranks.dp == 0]
+        self.chosen = of_interest(here, self.fates, facts, self.update)
+        self.groups = {group.slot: group for group in groups if group.slot in self.chosen}
         if self.run.ranks.rank == 0:
             self.thread = ThreadPoolExecutor(1)        # it reads videos while the ranks train
             self.frames = {}
@@ -201,6 +199,23 @@ class Recording:
                 "video": sample.video, "prefix": len(group.prompt.ids),
                 "vision": len(group.prompt.vision), "frames": self.frames[slot].result(),
                 "update": self.update.get(slot), "completions": completions}
+
+
+def of_interest(slots, fates, facts, update):
+    """Which of the groups in `slots` are shown whole, the most interesting first: one trained on,
+    with a forced answer if there is such a one; one without signal; one cut by balance; one of the
+    last update, where ratios are no longer 1 and tokens may be clipped. -> slots"""
+    of_fate = {"kept": [], "no signal": [], "cut by balance": []}
+    for slot in slots:
+        of_fate[fates[slot]].append(slot)
+    trained = of_fate["kept"]
+    forced = [slot for slot in trained if any(x["forced"] for x in facts[slot])]
+    last = max((update[slot] for slot in trained), default=0)
+    of_last = [slot for slot in trained if update[slot] == last]
+    chosen = []
+    for wanted in (forced or trained, of_fate["no signal"], of_fate["cut by balance"], of_last):
+        chosen += [slot for slot in wanted if slot not in chosen][:1]
+    return chosen
 
 
 # --------------------------------------------------------------------------------------------------

@@ -110,6 +110,23 @@ def test_a_line_says_what_metrics_say_of_its_step(run):
         assert sum(before["tiers"]) - sum(after["tiers"]) == lost
 
 
+def test_which_groups_are_shown():
+    """A newcomer looked through all groups of twelve steps, and none had a forced or a clipped
+    token: the two first groups kept were shown, which the first update trains on."""
+    fates = {0: "kept", 1: "no signal", 2: "kept", 3: "cut by balance", 4: "kept", 5: "kept"}
+    update = {0: 0, 2: 0, 4: 1, 5: 1}
+
+    def shown(forced=(), slots=fates):
+        facts = {slot: [{"forced": False}, {"forced": slot in forced}] for slot in fates}
+        return record.of_interest(slots, fates, facts, update)
+
+    assert shown() == [0, 1, 3, 4]
+    assert shown(forced=[1, 3, 5]) == [5, 1, 3, 4]
+    assert shown(forced=[4]) == [4, 1, 3, 5]
+    assert shown(slots=[0, 2]) == [0, 2]                   # those of rank 0's dp group
+    assert shown(slots=[1]) == [1] and shown(slots=[]) == []
+
+
 def check_shown(shown, row, tokenizer):
     """A group that is shown whole, of a run of two updates a step on `files`' questions."""
     group = row["groups"][shown["slot"]]
