@@ -620,7 +620,7 @@ def slow_run(folder, started, seconds):
     torch.save((time.monotonic(), entry), os.path.join(folder, f"slow-{os.getpid()}.pt"))
 
 
-def main(folder, patience=100):
+def main(folder, patience=300):
     """Processes are forked: torch is imported once."""
     fork = multiprocessing.get_context("fork")
     started = fork.Event()
