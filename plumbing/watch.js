@@ -81,30 +81,35 @@ const PHASES = {
   verify: ["--down", "checking the answers"],
   train: ["--violet", "learning from the groups that were kept"],
 };
-const PANELS = [
+const PANELS = [                   // `major`: shown on a narrow screen before all are asked for
   {title: "Loss of the supervised stages", log: true, supervised: true, axis: "step", series: [
     {name: "align: learn to see", colour: "--green", points: run.curves.align.loss},
     {name: "cold start: imitate a teacher", colour: "--violet",
       points: run.curves.sft.loss.map(([step, loss]) => [step + run.done.align, loss])}]},
-  {title: "Sampled answers: reward and its parts", series: [
+  {title: "Sampled answers: reward and its parts", major: true, series: [
     {name: "reward", colour: "--ink", points: RL.reward},
     {name: "accuracy", colour: "--up", points: RL.accuracy},
     {name: "format", colour: "--down", points: RL.format}]},
-  {title: "Accuracy on held-out videos", dots: true, first: 0, from: 0, to: 1, format: share,
-    axis: "RL step (0: after the cold start)", series: [
+  {title: "Accuracy on held-out videos", major: true, dots: true, first: 0, from: 0, to: 1,
+    format: share, axis: "RL step (0: after the cold start)",
+    about: "Greedy: the model writes the most probable token each time, nothing is sampled.",
+    series: [
       {name: "right, greedy", colour: "--up", points: heldOut()}]},
-  {title: "Length of a completion", series: [
+  {title: "Length of a completion", from: 0, series: [
     {name: "tokens", colour: "--up", points: RL.length}]},
-  {title: "Entropy: how undecided the model is", series: [
+  {title: "Entropy: how undecided the model is", from: 0,
+    about: "In nats: 0 is sure of the next token, 0.69 (ln 2) torn between two.", series: [
     {name: "nats per token", colour: "--violet", points: RL.entropy}]},
   {title: "Groups without signal", from: 0, format: share, series: [
     {name: "of the groups", colour: "--down", points: RL.invalid_rate}]},
-  {title: "Answers that were forced or cut off", from: 0, format: share, series: [
+  {title: "Answers that were forced or cut off", from: 0, format: share,
+    about: "Forced: the thinking took too long, so the answer was begun for the model. Cut off: " +
+      "the tokens allowed ran out before it was at its end.", series: [
     {name: "forced", colour: "--grey", points: RL.forced},
     {name: "cut off", colour: "--down", points: RL.truncated}]},
-  {title: "Tokens clipped: without gradient", from: 0, format: share, series: [
-    {name: "too likely already", colour: "--up", points: RL.clip_high},
-    {name: "too unlikely already", colour: "--down", points: RL.clip_low}]},
+  {title: "Tokens clipped: pushed no further", from: 0, format: share, series: [
+    {name: "up far enough", colour: "--up", points: RL.clip_high},
+    {name: "down far enough", colour: "--down", points: RL.clip_low}]},
   {title: "Seconds of a step", from: 0, series: Object.entries(PHASES).map(
     ([phase, [colour]]) => ({name: phase, colour, points: RL[phase + "_s"]}))},
 ];
@@ -174,6 +179,13 @@ function drawPanel(panel) {
   panel.series = panel.series.filter(({points}) => points.some(([, value]) => value !== null));
   if (!panel.series.length) return [];
   panel.format ??= number;
+  const figure = element("figure", {class: `card chart ${panel.major ? "" : "minor"}`},
+    element("h3", {}, panel.title));
+  const about = panel.about ? [element("figcaption", {}, panel.about)] : [];
+  if (panel.series.every(({points}) => finite(points).length === 1)) {
+    figure.append(...panel.series.map(singleValue(panel)), ...about);
+    return [figure];
+  }
   const scale = scales(panel);
   const picture = svg("svg", {viewBox: `0 0 ${WIDE} ${HIGH}`, role: "img",
     "aria-label": panel.title});
@@ -181,7 +193,37 @@ function drawPanel(panel) {
   for (const series of panel.series) drawSeries(picture, series, scale, panel.dots);
   const keys = element("div", {class: "keys"});
   answerPointer(picture, panel, scale, keys);
-  return [element("figure", {class: "card chart"}, element("h3", {}, panel.title), picture, keys)];
+  figure.append(picture, keys, ...about);
+  return [figure];
+}
+
+function finite(points) { return points.filter(([, value]) => value !== null); }
+
+// One value is no curve: it is told in words.
+function singleValue(panel) {
+  return ({name, points}) => {
+    const [[step, value]] = finite(points);
+    const where = panel.supervised ? "" : `, at RL step ${count(step)}`;
+    return element("p", {class: "single"}, `One value so far: ${name} `,
+      element("b", {}, panel.format(value)), where + ".");
+  };
+}
+
+// As many charts stand in a row of a wide screen as leave no empty place, if that can be.
+function layOut(charts) {
+  const holder = byId("charts");
+  const across = charts.length < 3 ? 2 : charts.length % 4 === 0 ? 4 : 3;
+  holder.style.setProperty("--across", across);
+  holder.append(...charts);
+  const button = byId("all-charts");
+  if (!holder.querySelector(".chart:not(.minor)")) holder.classList.add("all");
+  button.hidden = holder.classList.contains("all") || !holder.querySelector(".minor");
+  const name = () => {
+    const all = holder.classList.contains("all");
+    button.textContent = all ? "show fewer curves" : `show all ${charts.length} curves`;
+  };
+  button.addEventListener("click", () => { holder.classList.toggle("all"); name(); });
+  name();
 }
 
 function drawAxes(picture, panel, scale) {
@@ -335,32 +377,30 @@ function swatch(colour) {
 }
 
 function tierCard(record) {
+  const first = run.steps[0];
+  const changes = record.tiers.map((n, tier) => n - first.tiers[tier]);
   const rows = element("div", {class: "tiers"});
   TIERS.forEach((name, tier) => {
-    rows.append(element("span", {}, name), element("span", {class: "number"},
-      count(record.tiers[tier])), tierLine(tier));
+    const change = changes[tier] ? signedCount(changes[tier]) : "";
+    rows.append(element("span", {}, name),
+      element("span", {class: "number"}, count(record.tiers[tier])),
+      element("span", {class: `change ${sideOf(changes[tier])}`}, change));
   });
   const moved = (sign) => record.groups.filter(({tier}) => sign * (tier[1] - tier[0]) > 0).length;
   return element("div", {class: "card"},
     element("h3", {}, "The curriculum: questions in each tier"), rows,
     element("p", {class: "small soft", style: {margin: "8px 0 0"}},
-      `As the step begins; the lines go over the run, each on its own scale. Of the questions ` +
-      `asked in this step, ${count(moved(1))} then moved up and ${count(moved(-1))} down.`));
+      `As the step begins. ${tierSentence(record, first, changes)} Of the questions asked in ` +
+      `this step, ${count(moved(1))} then moved up and ${count(moved(-1))} down.`));
 }
 
-// How many questions a tier has at each recorded step, and which step is the chosen one.
-function tierLine(tier) {
-  const counts = run.steps.map((record) => record.tiers[tier]);
-  const low = extreme(Math.min, counts);
-  const span = Math.max(1, extreme(Math.max, counts) - low);
-  const x = (place) => 4 + 192 * place / Math.max(1, counts.length - 1);
-  const y = (n) => 20 - 16 * (n - low) / span;
-  const line = counts.map((n, place) => `${place ? "L" : "M"}${x(place)} ${y(n)}`).join("");
-  return svg("svg", {viewBox: "0 0 200 24", preserveAspectRatio: "none", "aria-hidden": "true"},
-    svg("path", {d: line, fill: "none", stroke: "var(--up)", "stroke-width": 1.6,
-      "vector-effect": "non-scaling-stroke"}),
-    svg("line", {x1: x(shown.step), x2: x(shown.step), y1: 0, y2: 24, stroke: "var(--soft)",
-      "stroke-dasharray": "2 3", "vector-effect": "non-scaling-stroke"}));
+function signedCount(n) { return n === 0 ? "0" : (n > 0 ? "+" : "−") + count(Math.abs(n)); }
+
+function tierSentence(record, first, changes) {
+  if (record === first) return "Later steps show what changed since this one.";
+  const [lower, upper] = [changes[0] + changes[1], changes[3] + changes[4]].map(signedCount);
+  return `Since step ${count(first.step)}: ${lower} in the two tiers that are seldom right, ` +
+    `${signedCount(changes[2])} in the middle, ${upper} in the two that are mostly right.`;
 }
 
 function groupLists(record) {
@@ -370,9 +410,25 @@ function groupLists(record) {
     if (!groups.length) continue;
     lists.push(element("h4", {}, `${sign} ${title} (${count(groups.length)}) `,
       element("span", {class: "soft", style: {"font-weight": 400}}, about)));
-    lists.push(element("div", {class: "chips"}, ...groups.map((group) => chip(record, group))));
+    lists.push(...chipList(record, groups));
   }
   return lists;
+}
+
+const MOST_CHIPS = 60;             // of one fate, before all are asked for
+
+// Those that can be opened come first: they are never among those that are hidden.
+function chipList(record, groups) {
+  const recorded = (group) => record.shown.some((whole) => whole.slot === group.slot);
+  const sorted = [...groups.filter(recorded), ...groups.filter((group) => !recorded(group))];
+  const chips = (some) => some.map((group) => chip(record, group, recorded(group)));
+  const list = element("div", {class: "chips"}, ...chips(sorted.slice(0, MOST_CHIPS)));
+  if (groups.length <= MOST_CHIPS) return [list];
+  const button = element("button", {style: {"margin-top": "6px"}, onclick: () => {
+    list.append(...chips(sorted.slice(MOST_CHIPS)));
+    button.remove();
+  }}, `show all ${count(groups.length)}`);
+  return [list, button];
 }
 
 function groupLegend() {
@@ -381,11 +437,11 @@ function groupLegend() {
     element("span", {class: "marks"}, element("i", {class: "partly"}), "partly"),
     element("span", {class: "marks"}, element("i"), "wrong"),
     element("span", {}, "0.5 → 0.61: the estimate of how often it is right, before and after"),
-    element("span", {}, "raised boxes open the group below"));
+    element("span", {}, "a box with “open” shows the group below, token by token"));
 }
 
 // A group in short. Those that the run recorded whole are buttons.
-function chip(record, group) {
+function chip(record, group, recorded) {
   const right = group.accuracies.filter((accuracy) => accuracy === 1).length;
   const [before, after] = group.tier;
   const move = before === after ? `tier ${after}` : `tier ${before} → ${after}`;
@@ -397,9 +453,8 @@ function chip(record, group) {
     element("div", {class: "move"},
       `${group.rate[0].toFixed(2)} → ${group.rate[1].toFixed(2)} · ${move}`)];
   if (group.why) parts.push(element("div", {class: "soft"}, quoted(group.why)));
-  if (!record.shown.some((whole) => whole.slot === group.slot)) {
-    return element("div", {class: "chip"}, ...parts);
-  }
+  if (!recorded) return element("div", {class: "chip"}, ...parts);
+  parts.push(element("div", {class: "open"}, "open ↓"));
   return element("button", {class: "chip", "data-slot": group.slot, "aria-pressed": "false",
     onclick: () => { chooseGroup(group.slot); byId("group").scrollIntoView(); }}, ...parts);
 }
@@ -428,7 +483,7 @@ function chooseGroup(slot) {
     ...frameStrip(whole.frames), ...packedSequence(whole),
     element("p", {style: {"margin-top": "16px"}}, element("b", {},
       `${FATES[group.fate][0]} ${FATES[group.fate][1]}. `), reason(record, group, whole),
-    rewardsOf(whole)),
+    " " + rewardsOf(whole)),
     tokenLegend(whole, record),
     element("div", {class: "completions"}, ...completionCards(whole, record)));
   if (focus) document.querySelector(`[data-focus="${focus}"]`)?.focus();
@@ -449,7 +504,8 @@ function groupTabs(record) {
 function reason(record, group, whole) {
   const all = group.accuracies.length;
   if (group.fate === "kept") {
-    const update = whole.update === null ? "" : `, in update ${whole.update + 1} of this step`;
+    const update = whole.update === null ? "" : `, in update ${whole.update + 1} of this step ` +
+      "(a step changes the weights in one or more updates, each with groups of its own)";
     return `${verdicts(group)}, so they can be compared. The group was trained on${update}.`;
   }
   if (group.fate === "no signal") {
@@ -474,11 +530,15 @@ function verdicts({accuracies}) {
 // What the advantages are computed from: the mean and the deviation of the group's rewards.
 function rewardsOf(whole) {
   const rewards = whole.completions.map((completion) => completion.reward);
+  if (rewards.every((reward) => reward === rewards[0])) {
+    return "All rewards are equal: every advantage is 0.";
+  }
   const mean = rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length;
   const squares = rewards.reduce((sum, reward) => sum + (reward - mean) ** 2, 0);
   const deviation = Math.sqrt(squares / (rewards.length - 1));
-  return ` Advantage = (reward − mean) / deviation; here the mean is ${number(mean)}, the ` +
-    `deviation ${number(deviation)}.`;
+  const text = `Advantage = (reward − mean) / standard deviation; here the mean is ` +
+    `${number(mean)}, the deviation ${number(deviation)}.`;
+  return whole.update === null ? text + " The group was not trained on." : text;
 }
 
 // The video as the model was shown it. All pictures stand side by side in one image.
@@ -495,7 +555,7 @@ function frameStrip(frames) {
     element("figcaption", {}, `${number(seconds)} s`)));
   let about = `The model was shown ${plural(frames.of, "frame")}`;
   if (n < frames.of) about += `; ${count(n)} of them, evenly spaced, are pictured`;
-  return [element("div", {class: "strip", tabindex: 0, role: "group", "aria-label": "frames"},
+  return [element("div", {class: "strip", role: "group", "aria-label": "frames"},
     ...figures), element("p", {class: "small soft"}, about + ".")];
 }
 
@@ -520,10 +580,13 @@ function packedSequence(whole) {
     ...parts),
   element("p", {class: "small soft", style: {"margin-top": "6px"}},
     `To scale. The prefix (green) is ${plural(whole.prefix, "token")}: ${count(whole.vision)} ` +
-    `vision tokens, encoded once, and ${count(text)} of text. All ${g} completions (blue: above ` +
-    "the mean, orange: below) begin from it, and each sees only the prefix and itself. So the " +
-    `model runs over ${count(all)} tokens instead of ${count(g * whole.prefix + written)}.`)];
+    `vision tokens, encoded once, and ${count(text)} of text. All ${g} completions ` +
+    `${whole.completions.some(({advantage}) => advantage) ? SIDES : ""}begin from it, and each ` +
+    `sees only the prefix and itself. In one sequence these are ${plural(all, "token")}; one ` +
+    `completion at a time they would be ${count(g * whole.prefix + written)}.`)];
 }
+
+const SIDES = "(blue: above the mean, orange: below) ";
 
 // ------------------------------------------------------------------------------------------------
 // The completions
@@ -534,39 +597,88 @@ const TINTS = {                    // what the colour of a token means
   entropy: {name: "entropy", about: "how undecided the model was there"},
 };
 
+// Of a group that was not trained on only the surprise is known.
+function tintOf(whole) { return whole.update === null ? "surprise" : shown.tint; }
+
 function tokenLegend(whole, record) {
+  const tint = tintOf(whole);
+  const trained = whole.update !== null;
   const buttons = Object.entries(TINTS).map(([key, {name}]) => element("button",
-    {"aria-pressed": String(key === shown.tint),
+    {"aria-pressed": String(key === tint),
       "data-focus": `tint ${key}`,
       onclick: () => { shown.tint = key; chooseGroup(shown.slot); }}, name));
   const example = (kind, style, text) => element("span", {class: "token " + kind, style}, text);
   const examples = {
-    push: [example("", {"--tint": "var(--up)", "--strength": "50%"}, "made more likely"),
-      example("", {"--tint": "var(--down)", "--strength": "50%"}, "made less likely")],
-    surprise: [example("", {"--tint": "var(--violet)", "--strength": "50%"}, "unlikely"), "likely"],
-    entropy: [example("", {"--tint": "var(--violet)", "--strength": "50%"}, "undecided"), "sure"],
+    push: [example("", {"--tint": "var(--up)", "--strength": "45%"}, "pushed up"),
+      example("", {"--tint": "var(--down)", "--strength": "45%"}, "pushed down")],
+    surprise: [example("", {"--tint": "var(--violet)", "--strength": "45%"}, "unlikely"), "likely"],
+    entropy: [example("", {"--tint": "var(--violet)", "--strength": "45%"}, "undecided"), "sure"],
   };
-  const note = whole.update === null ?
-    "This group was not trained on, so no token contributed to the loss." :
-    "A token contributes advantage × ratio / sampled tokens of its completion. Clipped: its " +
-    `ratio is already beyond ${record.clip[0]} or ${record.clip[1]}, so it gets no gradient.`;
+  const notes = {
+    push: " A token contributes advantage × ratio / sampled tokens of its completion. Clipped: " +
+      `its ratio is already above ${record.clip[1]} and it is pushed up, or below ` +
+      `${record.clip[0]} and pushed down: it gets no gradient.`,
+    surprise: trained ? "" :
+      " This group was not trained on, so no token was pushed and its entropy is not kept.",
+    entropy: " In nats: 0 is sure.",
+  };
+  const marks = [example("forced", {}, "forced, no loss")];
+  if (trained) marks.unshift(example("clipped", {}, "clipped"));
   return element("div", {class: "card"},
-    element("div", {class: "legend"}, element("b", {}, "Colour:"), ...buttons,
-      ...examples[shown.tint], example("clipped", {}, "clipped"),
-      example("forced", {}, "forced, no loss"),
+    element("div", {class: "legend"}, element("b", {}, trained ? "Colour:" : "Colour: surprise"),
+      ...(trained ? buttons : []), ...examples[tint], ...marks,
       element("span", {class: "soft"}, "Point at a token, tap it, or use the arrow keys.")),
     element("p", {class: "small soft", style: {margin: "8px 0 0"}},
-      `The colour shows ${TINTS[shown.tint].about}. ${note}`));
+      `The colour shows ${TINTS[tint].about}.${notes[tint]}`),
+    ...absent(whole, "forced"), ...(trained ? absent(whole, "clipped") : []));
+}
+
+// Whether a token that is shown of the group was forced, or clipped.
+function has(whole, record, kind) {
+  return whole.completions.some((completion) =>
+    tokenFacts(completion, record).some((fact) => fact[kind]));
+}
+
+const WITH = {};                   // {kind: [[step, its place, slot], ...]} of all recorded groups
+
+function groupsWith(kind) {
+  WITH[kind] ??= run.steps.flatMap((record, place) => record.shown
+    .filter((whole) => has(whole, record, kind))
+    .map(({slot}) => [record.step, place, slot]));
+  return WITH[kind];
+}
+
+// If no token of the group is of a kind that the page explains: where the nearest one is.
+function absent(whole, kind) {
+  const record = run.steps[shown.step];
+  if (has(whole, record, kind)) return [];
+  const parts = [`No token was ${kind} in this group`];
+  if (whole.completions.some(({left_out}) => left_out)) parts[0] += ", of those shown";
+  if (groupsWith(kind).length) {
+    const [step, place, slot] = nearest(groupsWith(kind), record.step);
+    const {id} = run.steps[place].groups.find((candidate) => candidate.slot === slot);
+    parts.push("; ", element("button", {"data-kind": kind, onclick: () => {
+      chooseStep(place);
+      chooseGroup(slot);
+      byId("group").scrollIntoView();
+    }}, `step ${count(step)}, group `, quoted(id), " has one"));
+  } else {
+    parts.push(". No recorded group has one.");
+  }
+  return [element("p", {class: "small soft absent"}, ...parts)];
 }
 
 function completionCards(whole, record) {
   const facts = whole.completions.map((completion) => tokenFacts(completion, record));
-  const sizes = facts.flat().map((fact) => Math.abs(fact[shown.tint]));
+  const tint = tintOf(whole);
+  const sizes = facts.flat().map((fact) => Math.abs(fact[tint]));
   const most = sizes.length ? extreme(Math.max, sizes) : 0;        // has the strongest colour
-  return whole.completions.map((completion, i) => completionCard(completion, i, facts[i], most));
+  const colouring = {tint, most};
+  return whole.completions.map((completion, i) =>
+    completionCard(completion, i, facts[i], colouring));
 }
 
-function completionCard(completion, i, tokens, most) {
+function completionCard(completion, i, tokens, colouring) {
   const verdict = completion.accuracy === 1 ? ["✓ right", "up"] :
     completion.accuracy > 0 ? ["◪ partly right", ""] : ["✗ wrong", "down"];
   const facts = [
@@ -580,7 +692,7 @@ function completionCard(completion, i, tokens, most) {
   return element("article", {class: "card completion", "aria-label": `completion ${i + 1}`},
     element("div", {class: "head"}, element("span", {class: "soft"}, `Completion ${i + 1}`),
       element("span", {class: verdict[1]}, verdict[0])),
-    factList(facts), tokenText(completion, tokens, most));
+    factList(facts), tokenText(completion, tokens, colouring));
 }
 
 function sideOf(x) { return x > 0 ? "up" : x < 0 ? "down" : ""; }
@@ -588,7 +700,7 @@ function sideOf(x) { return x > 0 ? "up" : x < 0 ? "down" : ""; }
 function lengthOf(completion) {
   let text = plural(completion.length, "token");
   if (completion.forced) text += ", answer forced";
-  if (completion.truncated) text += ", cut off";
+  if (completion.truncated) text += ", cut off (it had no tokens left)";
   return text;
 }
 
@@ -599,7 +711,7 @@ function factList(facts) {
 
 // What the page knows of each token that was kept of a completion. A number that was not finite
 // is null. "push" is what the token contributes to the loss, the other way round: above 0 it is
-// made more likely.
+// pushed up.
 function tokenFacts(completion, record) {
   const [from, left] = completion.left_out ?? [Infinity, 0];
   const forced = completion.sampled.filter((sampled) => !sampled).length;
@@ -625,9 +737,9 @@ function isClipped(advantage, ratio, [low, high]) {
   return (advantage > 0 && ratio > high) || (advantage < 0 && ratio < low);
 }
 
-function tokenText(completion, facts, most) {
+function tokenText(completion, facts, colouring) {
   const text = element("div", {class: "tokens", dir: "ltr"});
-  const spans = facts.map((fact, i) => tokenSpan(fact, i, most));
+  const spans = facts.map((fact, i) => tokenSpan(fact, i, colouring));
   spans.forEach((span, i) => {
     if (completion.left_out && completion.left_out[0] === i) text.append(leftOut(completion));
     text.append(span);
@@ -643,14 +755,24 @@ function leftOut(completion) {
   return element("span", {class: "gap"}, words);
 }
 
-function tokenSpan(fact, i, most) {
-  const strength = most ? Math.sqrt(Math.abs(fact[shown.tint]) / most) : 0;
+const WEAKEST = 22;                // percent of colour in a token that is pushed at all
+const STRONGEST = 55;
+
+function strengthOf(fact, {tint, most}) {
+  const size = Math.abs(fact[tint]);
+  if (size === 0) return 0;
+  const least = tint === "push" ? WEAKEST : 0;           // the sign of a push must be seen
+  return Math.round(least + (STRONGEST - least) * Math.sqrt(size / most));
+}
+
+function tokenSpan(fact, i, colouring) {
   let colour = "--violet";
-  if (shown.tint === "push") colour = fact.push < 0 ? "--down" : "--up";
+  if (colouring.tint === "push") colour = fact.push < 0 ? "--down" : "--up";
   const span = element("span", {class: "token", dir: "auto", tabindex: i ? -1 : 0, "data-token": i,
-    style: {"--tint": `var(${colour})`, "--strength": `${Math.round(50 * strength)}%`}});
+    style: {"--tint": `var(${colour})`, "--strength": `${strengthOf(fact, colouring)}%`}});
   span.classList.toggle("forced", fact.forced);
   span.classList.toggle("clipped", fact.clipped);
+  span.classList.toggle("unbroken", /^<[\w|/]{1,24}>$/.test(fact.text));    // <|im_end|>
   // Ends of lines and white space alone are drawn faintly; "" is a part of the next character.
   if (fact.text === "") {
     span.append(element("span", {class: "mark"}, "◦"));
@@ -711,7 +833,7 @@ function tipFacts(fact) {
   const facts = [["probability", known ? `${probability(Math.exp(fact.logprob))}, when it was ` +
     "sampled" : "not a number"]];
   if (!fact.trained) return [...facts, ["contribution", "0: the group was not trained on"]];
-  facts.push(["entropy", `${number(fact.entropy)} nats`]);
+  facts.push(["entropy", `${number(fact.entropy)} nats (0: sure)`]);
   if (fact.ratio === null) return [...facts, ["ratio", "not a number"]];
   const clipped = fact.clipped ? "clipped" : "not clipped";
   return [...facts,
@@ -749,6 +871,16 @@ function problems() {
   return lines.join(" ");
 }
 
+// What the words at the top say of this run.
+function explain() {
+  const groups = run.steps.flatMap((record) => record.shown);
+  if (groups.length) byId("group-size").textContent = count(groups[0].completions.length);
+  if (!run.steps.length) return;
+  const [low, high] = run.steps.at(-1).clip;
+  byId("clip-words").textContent = `already above ${high} and pushed up, or below ${low} and ` +
+    "pushed down";
+}
+
 function switchTheme() {
   const root = document.documentElement;
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
@@ -761,7 +893,8 @@ function start() {
   byId("result").textContent = resultSentence();
   byId("problem").textContent = problems();
   byId("problem").hidden = !problems();
-  byId("charts").append(...PANELS.flatMap(drawPanel));
+  explain();
+  layOut(PANELS.flatMap(drawPanel));
   byId("click-hint").hidden = !run.steps.length;
   if (!run.steps.length) {
     for (const panel of PANELS) if (panel.mark) panel.mark();
@@ -774,7 +907,7 @@ function start() {
   byId("later").addEventListener("click", () => chooseStep(shown.step + 1));
   document.addEventListener("keydown", (event) => {
     const move = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-    const own = event.target.closest("input, .tokens, .strip");    // they use the keys themselves
+    const own = event.target.closest("input, .tokens");    // they use the keys themselves
     if (move && !own) chooseStep(shown.step + move);
   });
   chooseStep(run.steps.length - 1);

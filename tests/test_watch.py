@@ -287,7 +287,8 @@ def test_a_token_says_what_it_contributes(tab):
     strengths = [int(tab.run(style.format(f".completion:nth-child({i}) [data-token='0']",
                                           "--strength"))[:-1]) for i in (1, 2, 3)]
     # 0.5 / 24, 1.5 / 3 and -1 / 1236 of a long one whose middle was left out
-    assert strengths == [round(50 * (0.5 / 24 / 0.5) ** 0.5), 50, round(50 * (1 / 618) ** 0.5)]
+    # and none weaker than 22 of 55: blue and orange are told apart from grey
+    assert strengths == [round(22 + 33 * share ** 0.5) for share in (0.5 / 24 / 0.5, 1, 1 / 618)]
     tab.run(f"document.querySelector(\"{first}\").focus()")
     said = tip(tab)
     for words in ('"a"', "token 1 of 24", "0.500", "1.000, not clipped", "0.25 nats", "+0.0208"):
@@ -318,6 +319,7 @@ def test_the_keyboard_and_the_mouse_choose_step_group_and_token(tab):
     assert tab.run(chosen) == "RL step 1 of 3"
     tab.key("ArrowLeft")                                   # there is none before
     assert tab.run(chosen) == "RL step 1 of 3"
+    tab.run("document.querySelectorAll('svg.click')[1].scrollIntoView()")
     x, y = tab.run("(({right, top}) => [right - 14, top + 20])"
                    "(document.querySelectorAll('svg.click')[1].getBoundingClientRect())")
     tab.point(x, y, click=True)                            # a curve, at its last step
@@ -350,6 +352,92 @@ def test_a_step_says_what_became_of_its_groups_and_its_seconds(tab):
                   "2 of 3 answers are right, 1 partly",
                   "in update 2 of this step", "none found"):
         assert words in group
+
+
+def test_a_group_without_forced_or_clipped_tokens_leads_to_one_with_some(browser, tmp_path):
+    """The page explains grey and framed tokens; in most groups there are none to be seen."""
+    browser.problems.clear()
+    out = write_run(tmp_path / "out", rl_steps=9, steps=(1, 3, 9))
+    none = whole(0, [completion(["a", "b"], 0.0), completion(["c"], 0.0)], 0)
+    rows = [recorded(step) for step in (1, 3, 9)]
+    rows[1]["shown"] = rows[2]["shown"] = [none]
+    (tmp_path / "out" / "rollouts.jsonl").write_text(lines(rows))
+    page.write_page(out)
+    browser.open(os.path.join(out, "watch.html"))
+    assert texts(browser, ".absent") == [
+        f"No token was {kind} in this group; step 1, group q0 has one"
+        for kind in ("forced", "clipped")]
+    browser.run("document.querySelector('[data-kind=clipped]').click()")
+    assert browser.run("document.getElementById('chosen').textContent") == "RL step 1 of 9"
+    assert texts(browser, ".absent") == []
+    assert browser.run("document.querySelectorAll('.tokens .clipped').length") > 0
+    (tmp_path / "out" / "rollouts.jsonl").write_text(lines(rows[1:]))
+    page.write_page(out)
+    browser.open(os.path.join(out, "watch.html"))
+    assert texts(browser, ".absent") == [
+        f"No token was {kind} in this group. No recorded group has one."
+        for kind in ("forced", "clipped")]
+    assert browser.problems == []
+
+
+def test_a_group_that_was_not_trained_on_is_not_told_of_pushes(tab):
+    """It spoke of tokens above the mean and pushed, and of a deviation of 0."""
+    said = "document.getElementById('group').innerText"
+    for words in ("pushed up", "clipped", "blue: above the mean", "standard deviation"):
+        assert words in tab.run(said)
+    tab.run("document.querySelector('.chip[data-slot=\"1\"]').click()")
+    assert "All rewards are equal: every advantage is 0." in tab.run(said)
+    assert "No token was forced in this group" in tab.run(said)
+    for words in ("pushed up", "clipped", "above the mean", "deviation"):
+        assert words not in tab.run(said)
+
+
+def test_rewards_that_differ_in_a_group_that_was_cut(browser, tmp_path):
+    browser.problems.clear()
+    out = write_run(tmp_path / "out", rl_steps=1, steps=())
+    cut = recorded(1)
+    pair = [completion(["a"], 0.7071, trained=False), completion(["b"], -0.7071, trained=False)]
+    cut["shown"] = [whole(3, pair, None)]
+    (tmp_path / "out" / "rollouts.jsonl").write_text(lines([cut]))
+    page.write_page(out)
+    browser.open(os.path.join(out, "watch.html"))
+    said = browser.run("document.getElementById('group').innerText")
+    for words in ("there is a signal", "the deviation 0.636. The group was not trained on."):
+        assert words in said
+    for words in ("pushed up", "clipped"):
+        assert words not in said
+    assert "One value so far: right, greedy 40%" in browser.run("document.body.innerText")
+    assert browser.problems == []
+
+
+@pytest.mark.parametrize("groups", [60, 150])
+def test_many_groups_are_shown_in_part_until_all_are_asked_for(browser, tmp_path, groups):
+    """Those that can be opened are never hidden."""
+    browser.problems.clear()
+    out = write_run(tmp_path / "out", rl_steps=1, steps=())
+    many = recorded(1)
+    many["groups"] = [group(slot, "kept", [1.0, 0.0]) for slot in range(groups)]
+    many["shown"] = [{**many["shown"][0], "slot": groups - 1}]
+    (tmp_path / "out" / "rollouts.jsonl").write_text(lines([many]))
+    page.write_page(out)
+    browser.open(os.path.join(out, "watch.html"))
+    assert len(texts(browser, ".chip")) == 60
+    assert len(texts(browser, "button.chip")) == 1
+    browser.run("[...document.querySelectorAll('#step-body button')]"
+                ".find((x) => x.textContent.startsWith('show all'))?.click()")
+    assert len(texts(browser, ".chip")) == groups
+    assert browser.problems == []
+
+
+@pytest.mark.parametrize("width, seen", [(360, 2), (1280, 9)])
+def test_a_phone_shows_two_curves_until_all_are_asked_for(tab, path, width, seen):
+    visible = ("[...document.querySelectorAll('.chart')].filter((x) => x.offsetWidth)"
+               ".length")
+    tab.open(path, width, 780)
+    assert tab.run(visible) == seen
+    if width == 360:
+        tab.run("document.getElementById('all-charts').click()")
+        assert tab.run(visible) == 9
 
 
 @pytest.mark.parametrize("width", [360, 800])
