@@ -86,28 +86,28 @@ const PANELS = [                   // `major`: shown on a narrow screen before a
     {name: "align: learn to see", colour: "--green", points: run.curves.align.loss},
     {name: "cold start: imitate a teacher", colour: "--violet",
       points: run.curves.sft.loss.map(([step, loss]) => [step + run.done.align, loss])}]},
-  {title: "Sampled answers: reward and its parts", major: true, series: [
+  {title: "Reward and its parts", major: true, series: [
     {name: "reward", colour: "--ink", points: RL.reward},
     {name: "accuracy", colour: "--up", points: RL.accuracy},
     {name: "format", colour: "--down", points: RL.format}]},
   {title: "Accuracy on held-out videos", major: true, dots: true, first: 0, from: 0, to: 1,
     format: share, axis: "RL step (0: after the cold start)",
-    about: "Greedy: the model writes the most probable token each time, nothing is sampled.",
+    about: "Greedy: the most probable token each time, nothing is sampled.",
     series: [
       {name: "right, greedy", colour: "--up", points: heldOut()}]},
   {title: "Length of a completion", from: 0, series: [
     {name: "tokens", colour: "--up", points: RL.length}]},
-  {title: "Entropy: how undecided the model is", from: 0,
+  {title: "Entropy: how undecided it is", from: 0,
     about: "In nats: 0 is sure of the next token, 0.69 (ln 2) torn between two.", series: [
     {name: "nats per token", colour: "--violet", points: RL.entropy}]},
   {title: "Groups without signal", from: 0, format: share, series: [
     {name: "of the groups", colour: "--down", points: RL.invalid_rate}]},
-  {title: "Answers that were forced or cut off", from: 0, format: share,
-    about: "Forced: the thinking took too long, so the answer was begun for the model. Cut off: " +
-      "the tokens allowed ran out before it was at its end.", series: [
+  {title: "Answers forced or cut off", from: 0, format: share,
+    about: "Forced: it thought too long, so its answer was begun for it. Cut off: its tokens ran " +
+      "out before its end.", series: [
     {name: "forced", colour: "--grey", points: RL.forced},
     {name: "cut off", colour: "--down", points: RL.truncated}]},
-  {title: "Tokens clipped: pushed no further", from: 0, format: share, series: [
+  {title: "Tokens clipped", from: 0, format: share, series: [
     {name: "up far enough", colour: "--up", points: RL.clip_high},
     {name: "down far enough", colour: "--down", points: RL.clip_low}]},
   {title: "Seconds of a step", from: 0, series: Object.entries(PHASES).map(
@@ -119,8 +119,8 @@ function heldOut() {
   return [...before, ...RL.eval_accuracy];
 }
 
-const WIDE = 360;                  // of a picture; the browser scales it
-const HIGH = 170;
+const WIDE = 300;                  // of a picture; the browser scales it
+const HIGH = 155;
 const LEFT = 44;                   // margins
 const RIGHT = 8;
 const TOP = 8;
@@ -384,7 +384,7 @@ function tierCard(record) {
     const change = changes[tier] ? signedCount(changes[tier]) : "";
     rows.append(element("span", {}, name),
       element("span", {class: "number"}, count(record.tiers[tier])),
-      element("span", {class: `change ${sideOf(changes[tier])}`}, change));
+      element("span", {class: "change"}, change));
   });
   const moved = (sign) => record.groups.filter(({tier}) => sign * (tier[1] - tier[0]) > 0).length;
   return element("div", {class: "card"},
