@@ -538,7 +538,11 @@ function rewardsOf(whole) {
   const deviation = Math.sqrt(squares / (rewards.length - 1));
   const text = `Advantage = (reward − mean) / standard deviation; here the mean is ` +
     `${number(mean)}, the deviation ${number(deviation)}.`;
-  return whole.update === null ? text + " The group was not trained on." : text;
+  if (whole.update !== null) return text;
+  const accuracies = whole.completions.map((completion) => completion.accuracy);
+  const alike = accuracies.every((accuracy) => accuracy === accuracies[0]);
+  return text + (alike ? " The rewards differ only by the form of the answers." : "") +
+    " The group was not trained on.";
 }
 
 // The video as the model was shown it. All pictures stand side by side in one image.

@@ -392,7 +392,7 @@ def test_a_group_that_was_not_trained_on_is_not_told_of_pushes(tab):
         assert words not in tab.run(said)
 
 
-def test_rewards_that_differ_in_a_group_that_was_cut(browser, tmp_path):
+def test_rewards_that_differ_in_a_group_that_was_not_trained_on(browser, tmp_path):
     browser.problems.clear()
     out = write_run(tmp_path / "out", rl_steps=1, steps=())
     cut = recorded(1)
@@ -406,6 +406,14 @@ def test_rewards_that_differ_in_a_group_that_was_cut(browser, tmp_path):
         assert words in said
     for words in ("pushed up", "clipped"):
         assert words not in said
+    for each, form in zip(pair, (1.0, 0.0)):                # wrong both, one of them in wrong form
+        each |= {"accuracy": 0.0, "format": form, "reward": 0.1 * form}
+    cut["groups"][3] |= {"fate": "no signal", "accuracies": [0.0, 0.0]}
+    (tmp_path / "out" / "rollouts.jsonl").write_text(lines([cut]))
+    page.write_page(out)
+    browser.open(os.path.join(out, "watch.html"))
+    said = browser.run("document.getElementById('group').innerText")
+    assert "differ only by the form of the answers. The group was not trained on." in said
     assert "One value so far: right, greedy 40%" in browser.run("document.body.innerText")
     assert browser.problems == []
 
