@@ -150,7 +150,9 @@ def fewer_colours(png):
     """A picture in base64, as Jupyter stores it. -> likewise, smaller"""
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     out = io.BytesIO()
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    # MAXCOVERAGE keeps the colours of small areas, such as a colour bar's, apart.
+    few = picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(out, "PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
 
