@@ -17,7 +17,7 @@ from plumbing.pictures import folder_and_fps
 
 FEW = 3        # steps that must be measured before anything is said about those to come
 TREND = 5      # steps from which on they can show a trend
-RECENT = 40    # the last steps, which an estimate is made from
+RECENT = 40    # an estimate is made from so many of the last steps, or from the last half of all
 LINES = 10     # of align and of the cold start where no progress bar is seen, in a log file
 
 
@@ -182,7 +182,7 @@ def steps_to_come(seconds, to_do):
     A straight line is fitted to these and followed for as many steps as it was fitted to; then it
     is level. No step is thought to take less than half or more than twice their mean.
     """
-    recent = np.array(seconds[-RECENT:])                                               # [n]
+    recent = np.array(seconds[-max(RECENT, len(seconds) // 2):])                       # [n]
     n, mean = len(recent), recent.mean()
     slope = 0.0
     if n >= TREND:
