@@ -43,7 +43,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 import data
 import model as vlm
 import train
-from plumbing import resume
+from plumbing import page, resume
 
 FINISHED = ["curves.png", "metrics.jsonl", "model", "rollouts.jsonl", "watch.html"]
 
@@ -135,6 +135,16 @@ def kill_after(processes, out, stage, step):
     assert [p.wait(BOUND) for p in processes] == [-signal.SIGKILL] * 2
 
 
+def timeless_page(folder):
+    """What out/watch.html shows, without seconds."""
+    shown = page.page_data(folder)
+    for key in page.SECONDS:
+        del shown["curves"]["rl"][key]
+    for step in shown["steps"]:
+        del step["seconds"]
+    return shown
+
+
 def test_a_run_that_is_killed_and_started_again_is_as_if_never_stopped(run, tmp_path):
     """SIGKILL to all ranks between two checkpoints, once in the cold start, once in RL. What was
     logged after the checkpoint is logged again, once; every number and every bit of the weights is
@@ -154,6 +164,7 @@ def test_a_run_that_is_killed_and_started_again_is_as_if_never_stopped(run, tmp_
         assert result.code == 0, result.err
     assert timeless(metrics(out)) == timeless(metrics(run.dir))
     assert rollouts(out) == rollouts(run.dir)
+    assert timeless_page(out) == timeless_page(run.dir)
     assert same(weights(out), weights(run.dir))
     a, b = state(out), state(run.dir)
     assert all(same(a[key], b[key]) for key in ("optimizer", "curriculum", "done", "lines"))
