@@ -163,9 +163,10 @@ def runs_table(results):
         flags = run.arguments
         for word in ("RL", "COLD", "EVALUATE"):
             flags = flags.replace(getattr(rows, word), word)
+        flags = f"`{flags}`"
         if run.kl:
             flags += ", with `experiments/kl.diff`"
-        lines.append(line(f"`{name}`", run.start and f"`{run.start}`", f"`{flags}`"))
+        lines.append(line(f"`{name}`", run.start and f"`{run.start}`", flags))
     return lines
 
 
@@ -246,7 +247,8 @@ def draw(results, path):
 def draw_row(axis, place, row, found):
     """A row's interval, in the colour of its verdict. What lies beyond the picture ends in an
     arrow; the number of seeds is at the right."""
-    axis.annotate(f"{len(found)} seeds", (1.01, place), xycoords=("axes fraction", "data"),
+    seeds = "1 seed" if len(found) == 1 else f"{len(found)} seeds"
+    axis.annotate(seeds, (1.01, place), xycoords=("axes fraction", "data"),
                   fontsize=7, va="center", color="dimgray")
     if len(found) < FEWEST:
         return
