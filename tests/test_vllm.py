@@ -538,9 +538,9 @@ def test_two_ranks_end_with_the_same_groups(engine, ours, folder, prompts, tmp_p
 
 
 def test_a_run_with_vllm_learns(tmp_path):
-    """The default run on two ranks, but for half of its cold start and of its RL: from what the cold
-    start leaves to well above it, without a gap. Then it thinks, and ends its thinking by itself:
-    greedily both engines write the same, whatever the budgets."""
+    """The default run on two ranks, but for half of its cold start and of its RL: from what the
+    cold start leaves to well above it, without a gap. Then it thinks, and ends its thinking by
+    itself: greedily both engines write the same, whatever the budgets."""
     run = torchrun("train.py", "--rollout=vllm", "--sft_steps=190", "--rl_steps=20",
                    "--eval_samples=128", f"--out_dir={tmp_path}/out")
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr[-3000:]
