@@ -10,7 +10,6 @@ Two runs are made at a time, on one core each; a seed takes ten minutes of one c
 is made again; its output is in out-few/NAME-SEED.log.
 """
 import json
-import math
 import os
 import shutil
 import statistics
@@ -21,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-from intervals import T  # noqa: E402
+import intervals  # noqa: E402
 from learners import Still  # noqa: E402
 from visits import correlation as rank_correlation  # noqa: E402
 
@@ -147,8 +146,8 @@ def interval(differences):
     mean = statistics.mean(differences)
     if len(differences) < 2:
         return f"{mean:+.2f}"
-    half = T[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
-    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+    low, high = intervals.interval(differences)
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def complete(out):

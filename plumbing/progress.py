@@ -95,9 +95,9 @@ class Report:
         now = time.perf_counter()
         seconds, self.time = now - self.time, now
         self.pace.add(seconds, sum(phases(row).values()))
-        left = ""
-        if self.pace.seconds_left():
-            left = about(self.pace.seconds_left()) + " left"
+        left, seconds_left = "", self.pace.seconds_left()
+        if seconds_left:
+            left = about(seconds_left) + " left"
         in_bar = [left] if self.name == "rl" else [note, left]
         self.bar.set_postfix_str(", ".join(filter(None, in_bar)), refresh=False)
         self.bar.update()
