@@ -25,6 +25,7 @@ from plumbing import checkpoints, families
 from plumbing.families import banned_ids, frame_size, stop_ids, vision_pad  # noqa: F401
 from plumbing.frames import resize
 from plumbing.sharding import one_forward
+from plumbing.two_parts import Completions, TwoParts
 
 ALONE = Ranks()
 load = checkpoints.load                    # names for callers
@@ -195,44 +196,29 @@ class Packed:
     Prefixes are padded on the right to P places.
     """
 
-    def __init__(self, prefix_lengths, owner, dtype, prefix=None, chunk=1 << 24):
+    def __init__(self, prefix_lengths, owner, prefix=None):
         """prefix_lengths: long [B]; owner: long [B,C], the completion that a place belongs to, -1
-        for padding; prefix: P, None for the longest; chunk: the most elements of one mask."""
-        self.P = prefix or int(prefix_lengths.max())
+        for padding; prefix: P, None for the longest."""
+        self.prefix_lengths = prefix_lengths.tolist()
+        self.P = prefix or max(self.prefix_lengths)
         B, C = owner.shape
-        place = torch.arange(C, device=owner.device)
-        in_prefix = torch.arange(self.P, device=owner.device) < prefix_lengths[:, None]    # [B, P]
-        self.chunks = []                                   # (first query, last + 1, mask)
-        step = max(1, chunk // (B * (self.P + C)))
-        for lo in range(0, C, step):
-            hi = min(lo + step, C)
-            same = owner[:, lo:hi, None] == owner[:, None, :hi]        # [B, q, hi]
-            own = same & (place[lo:hi, None] >= place[:hi])
-            sees = torch.cat([in_prefix[:, None].expand(B, hi - lo, self.P), own], dim=2)[:, None]
-            # Rows of a multiple of 8 numbers: GPU kernels pad others in a copy for every head.
-            row = math.ceil((self.P + hi) / 8) * 8
-            mask = torch.zeros(B, 1, hi - lo, row, dtype=dtype, device=owner.device)
-            mask = mask[..., :self.P + hi].masked_fill_(~sees, -math.inf)      # [B, 1, q, P+hi]
-            self.chunks.append((self.P + lo, self.P + hi, mask))
+        if C == 0:                                         # each completion has a single token
+            return
+        row = torch.arange(B, device=owner.device)[:, None]
+        number = owner + row * (int(owner.max()) + 1)                  # [B, C], as no other row's
+        places = (owner >= 0).flatten().nonzero()[:, 0]                # [M], in [B*C]: no padding
+        _, lengths = number.flatten()[places].unique_consecutive(return_counts=True)
+        self.completions = Completions(places.split(lengths.tolist()), B, C)
 
     def __call__(self, layer, q, k, v, scale):
         P = self.P
-        out = [F.scaled_dot_product_attention(             # pads come last, so none is seen
-            q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True, scale=scale, enable_gqa=True)]
-        queries_per_kv = q.shape[1] // k.shape[1]          # query heads of one key-value head
-        for lo, hi, mask in self.chunks:
-            parts = []
-            heads = zip(q[:, :, lo:hi].split(queries_per_kv, dim=1),
-                        k[:, :, :hi].split(1, dim=1), v[:, :, :hi].split(1, dim=1))
-            for queries, key, value in heads:
-                # GPU kernels that take a mask want as many key heads as query heads: the one head
-                # is expanded, not copied.
-                key = key.expand(-1, queries_per_kv, -1, -1)
-                value = value.expand(-1, queries_per_kv, -1, -1)
-                parts.append(F.scaled_dot_product_attention(           # [B, queries_per_kv, q, d]
-                    queries, key, value, attn_mask=mask, scale=scale))
-            out.append(torch.cat(parts, dim=1))
-        return torch.cat(out, dim=2)                                   # [B, heads, P+C, d]
+        prefix = F.scaled_dot_product_attention(           # pads come last, so none is seen
+            q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True, scale=scale, enable_gqa=True)
+        if q.shape[2] == P:
+            return prefix
+        completions = TwoParts.apply(q[:, :, P:], k[:, :, :P], v[:, :, :P], k[:, :, P:],
+                                     v[:, :, P:], self.prefix_lengths, self.completions, scale)
+        return torch.cat([prefix, completions], dim=2)                 # [B, heads, P+C, d]
 
 
 def vision_at(model, ids, visions, columns=None):
@@ -359,7 +345,7 @@ def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=ALONE):
     ids = torch.cat([ids, inputs], dim=1)                              # [B, P+C]
     after = (first[:, None] + steps).expand(3, -1, -1)
     positions = torch.cat([positions, after], dim=2)                   # [3, B, P+C]
-    attention = Packed(lengths, owner, model.dtype, prefix)
+    attention = Packed(lengths, owner, prefix)
     visions = [p.vision for p in prompts]
     hidden, local = forward(model, attention, ids, positions, visions, prefix, ranks)
 

@@ -10,8 +10,9 @@ in a process of its own: it has the whole GPU, and its crash ends no other. Its 
 when it ends, and its figures are added to --out. A verdict is ok, look (it ran, and something is
 not as expected), skipped (with the reason) or failed (with the error). The parts:
 
-  attention      which kernels `model.Packed` gets, their gradients, and what cuDNN's would cost
+  attention      which kernels `model.Packed` gets, and whether their gradients are right
   memory         the peak memory of each phase of a GRPO step, against the computed one
+  kernels        which kernels take the time of decoding and of training
   weights        whether vLLM gets the weights of each update
   first_runner   the same with vLLM's first model runner; CUDA has the second by default
   sleep          what vLLM frees in both levels of sleep, and whether it wakes as it was
@@ -28,20 +29,15 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import first_gpu_kernels  # noqa: E402
 import first_gpu_vllm  # noqa: E402
 
 import bench  # noqa: E402
-import model as vlm  # noqa: E402
 from plumbing import command_line, memory  # noqa: E402
 from plumbing.metrics import Clock  # noqa: E402
 from plumbing.ranks import run_command, spawn, start  # noqa: E402
-
-SHAPES = 50                # new shapes of attention that are timed
-MOST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.02}    # of a gradient, by rounding
 
 
 @dataclass
@@ -58,85 +54,6 @@ def row_of(size, frames):
     if size == "tiny":
         return replace(row, frames=frames // 32, size=56, group=4, completion=8)
     return row
-
-
-# --------------------------------------------------------------------------------------------------
-# attention
-
-def kernels_of(call):
-    """The kinds of attention that torch chose in call(). -> sorted names"""
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        call()
-    prefix = "aten::_scaled_dot_product_"
-    names = {event.key for event in recorded.key_averages()}
-    return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
-
-
-def packed_qkv(name, device, dtype):
-    """A `Packed` with SHAPES masks of different lengths, and inputs. -> (packed, q, k, v)"""
-    P, C = (4096, 1600) if name == "3b" else (96, 100)
-    heads, kv_heads, head_dim = (16, 2, 128) if name == "3b" else (4, 2, 32)
-    owner = torch.arange(C, device=device)[None] // (C // 4)           # [1, C], 4 completions
-    chunk = (P + C) * (C // SHAPES)
-    packed = vlm.Packed(torch.tensor([P], device=device), owner, dtype, chunk=chunk)
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(heads):
-        x = torch.randn(1, heads, P + C, head_dim, generator=generator)
-        return x.to(device, dtype).requires_grad_()
-
-    return packed, noise(heads), noise(kv_heads), noise(kv_heads)
-
-
-def forward_backward(packed, qkv):
-    """-> the gradients of q, k and v"""
-    out = packed(0, *qkv, qkv[0].shape[-1] ** -0.5)
-    return torch.autograd.grad(out.float().square().sum(), qkv)
-
-
-def largest_error(gradients, exact):
-    return max(float((x.float() - y).norm() / y.norm()) for x, y in zip(gradients, exact))
-
-
-def timed_shapes(packed, qkv):
-    """Seconds of SHAPES shapes, forward and backward, that are new and that are known."""
-    clock = Clock()
-    for name in ("new", "known"):
-        with clock(name):
-            forward_backward(packed, qkv)
-    return {name: round(seconds, 3) for name, seconds in clock.seconds.items()}
-
-
-def attention(row):
-    """Which kernels `Packed` gets, whether their gradients are right, and what cuDNN would cost."""
-    device = start(1).device
-    warm, *x = packed_qkv("tiny", device, torch.float32)
-    forward_backward(warm, x)                              # CUDA starts outside the timing
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    packed, *qkv = packed_qkv(row.model, device, dtype)
-    figures = {"shapes": len(packed.chunks), "cudnn_off": timed_shapes(packed, qkv)}
-    kernels = kernels_of(lambda: forward_backward(packed, qkv))
-    gradients = forward_backward(packed, qkv)
-    with sdpa_kernel(SDPBackend.MATH):
-        math_gradients = forward_backward(packed, qkv)
-        float_packed, *_ = packed_qkv(row.model, device, torch.float32)
-        exact = forward_backward(float_packed, [x.detach().float().requires_grad_() for x in qkv])
-    error, math_error = largest_error(gradients, exact), largest_error(math_gradients, exact)
-    figures.update(kernels=kernels, error=error, math_error=math_error)
-    if device != "cpu":
-        torch.backends.cuda.enable_cudnn_sdp(True)         # off since plumbing.tower_attention
-        try:
-            figures["cudnn_on"] = timed_shapes(packed, qkv)
-            figures["cudnn_kernels"] = kernels_of(lambda: forward_backward(packed, qkv))
-        except RuntimeError as e:
-            figures["cudnn_on"] = str(e).splitlines()[0]
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    right = error <= MOST_ERROR[dtype]
-    slow = [name for name in kernels if "math" in name or "cudnn" in name]
-    verdict = (f"{'ok' if right and not slow else 'look'}: {', '.join(kernels)}; gradients differ "
-               f"from float32 by {error:.1e}, the math kernel's by {math_error:.1e}; seconds "
-               f"with cuDNN off {figures['cudnn_off']}, on {figures.get('cudnn_on', 'not tried')}")
-    return figures, verdict
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,7 +85,7 @@ def memory_part(row):
     figures = {"prompt_tokens": tokens}
     if work.ranks.device == "cpu":                         # a CPU does not count its allocations
         measured = {"kept_for_backward": work.saved_bytes()}
-        table["kept_for_backward"] = table["activations"] + table["masks"]
+        table["kept_for_backward"] = table["activations"]
     else:
         clock = PeakClock()
         work.step(1, clock)
@@ -212,7 +129,8 @@ def bench_row(row):
 
 # The function of each part, and the frames of its video.
 PARTS = {
-    "attention": (attention, 64), "memory": (memory_part, 256),
+    "attention": (first_gpu_kernels.attention, 64), "memory": (memory_part, 256),
+    "kernels": (first_gpu_kernels.kernels, 256),
     "weights": (first_gpu_vllm.weights, 64), "first_runner": (first_gpu_vllm.first_runner, 64),
     "sleep": (first_gpu_vllm.sleep, 64), "two_gpus": None, "eight_gpus": None,
     "bench64": (bench_row, 64), "bench256": (bench_row, 256), "bench512": (bench_row, 512)}

@@ -25,7 +25,6 @@ from plumbing.shapes import QWEN3_SHAPES, SHAPES
 from plumbing.tiny import build_tiny
 
 HEAD_CHUNK = 2048          # model.logprobs: positions that go through the head at once
-MASK_CHUNK = 1 << 24       # model.Packed: elements of one attention mask, at most
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,7 +220,7 @@ def memory(config, frames, size, group, completion, dtype=torch.bfloat16, sp=1, 
     always = part["weights"] + part["optimizer"] + part["vision"]
     part["in_rollout"] = (always + gathered["rollout"] + part["prefix_kv"] + part["completion_kv"]
                           + part["sampling"])
-    saved = part["activations"] + part["masks"] + gathered["ends"]
+    saved = part["activations"] + gathered["ends"]
     largest_temporary = max(part["head"], part["layer"] + gathered["layer"])
     part["in_training"] = (always + part["gradients"]
                            + max(gathered["last_gradients"], saved + largest_temporary))
@@ -286,7 +285,7 @@ def layer_bytes(m, parameters, step):
 
 
 def activation_bytes(m, parameters, step):
-    """What the forward keeps for the backward, and the masks of the completions' attention."""
+    """What the forward keeps for the backward."""
     last_norm = step.positions * norm_bytes(m.hidden, step)
     into_head = step.group * step.completion * m.hidden * step.itemsize // step.sp
     if step.checkpointing:
@@ -298,13 +297,7 @@ def activation_bytes(m, parameters, step):
     activations = m.layers * a_layer + last_norm + into_head + cosines_and_sines
     if step.lora_rank and not step.checkpointing:          # no gradient goes through the first norm
         activations -= step.positions * norm_bytes(m.hidden, step)
-
-    masks = 0                                              # whole on every rank
-    rows = max(1, MASK_CHUNK // (step.prefix + step.places))
-    for lo in range(0, step.places, rows):
-        hi = min(lo + rows, step.places)
-        masks += (hi - lo) * (step.prefix + hi)
-    return {"activations": activations, "masks": masks * step.itemsize}
+    return {"activations": activations}
 
 
 def temporary_bytes(config, m, parameters, step):

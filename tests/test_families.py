@@ -455,7 +455,7 @@ def test_packed_forward_is_transformers_forward_over_pixels(loaded, family):
                 right = logprobs_of(logits, prompt, c, banned)
                 assert torch.allclose(row, right, atol=1e-5, rtol=0)
             attention = vlm.Packed(torch.tensor([len(prompt.ids)]),
-                                torch.zeros(1, len(c), dtype=torch.long), torch.float32)
+                                   torch.zeros(1, len(c), dtype=torch.long))
             hidden, _ = vlm.forward(model, attention, torch.cat([prompt.ids, c])[None],
                                     positions_with(prompt, c)[:, None], [prompt.vision],
                                     len(prompt.ids), ALONE)

@@ -33,7 +33,7 @@ def test_dry_run(tmp_path):
     """What runs on a CPU is as expected; the rest says why it was skipped."""
     out = tmp_path / "hour.jsonl"
     skipped = ["sleep", "two_gpus", "eight_gpus"]
-    parts = ["attention", "memory", *skipped]
+    parts = ["attention", "memory", "kernels", *skipped]
     run = subprocess.run(
         [sys.executable, EXPERIMENTS / "first_gpu_hour.py", "--size=tiny", f"--out={out}",
          "--parts=" + ",".join(parts)], capture_output=True, text=True, timeout=300,
@@ -44,9 +44,11 @@ def test_dry_run(tmp_path):
     for row in rows:
         assert f"{row['part']}, {row['took_s']} s: {row['verdict']}" in run.stdout
         assert row["verdict"].startswith("skipped: " if row["part"] in skipped else "ok: ")
-    attention, memory, *_ = rows
-    assert attention["shapes"] == first_gpu_hour.SHAPES
+    attention, memory, kernels, *_ = rows
+    assert attention["float32"]["error"] < 1e-5 < attention["bfloat16"]["error"] < 0.02
     assert 0.95 < memory["ratios"]["kept_for_backward"] < 1.05
+    assert 0 < kernels["token_kernels_s"] and 0 < kernels["train_kernels_s"]
+    assert any("attention" in name for name in kernels["kernels"])
 
 
 def test_a_part_that_fails_says_so():

@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from small import answers, frames, shaken_tiny, thinker
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import encode
 import grpo
 import model as vlm
 from flow import Pixels, Prompt, PromptError, Ranks
+from plumbing import two_parts
 from plumbing.families import INSTRUCTION, tokenize_text
 from plumbing.tiny import build_tiny
 
@@ -136,22 +138,14 @@ def close(a, b, atol=1e-5):
 # --------------------------------------------------------------------------------------------------
 # the packed sequence
 
-@pytest.mark.parametrize("mask_chunk, head_chunk", [(1 << 24, 2048), (1, 1), (300, 5)])
+@pytest.mark.parametrize("head_chunk", [2048, 5, 1])
 def test_packed_equals_separate_passes_in_value_and_gradient(tiny, stock, prompts, banned,
-                                                             monkeypatch, mask_chunk, head_chunk):
-    """Three prompts of different length, ragged completions, length 1 among them; neither chunk
-    size changes anything."""
-    model, real, built = tiny[0], vlm.Packed, []
-
-    def chunked(*args):
-        built.append(real(*args, chunk=mask_chunk))
-        return built[-1]
-
-    monkeypatch.setattr(vlm, "Packed", chunked)
+                                                             head_chunk):
+    """Three prompts of different length, ragged completions, length 1 among them; the chunk size
+    changes nothing."""
+    model = tiny[0]
     completions = [answers(banned, lengths, seed=i) for i, lengths in enumerate(RAGGED)]
     got, entropy = vlm.logprobs(model, prompts, completions, banned, head_chunk)
-    longest = max(sum(n - 1 for n in lengths) for lengths in RAGGED)   # positions after the prefix
-    assert len(built[0].chunks) == {1 << 24: 1, 1: longest, 300: longest}[mask_chunk]
 
     lengths, w = sum(RAGGED, []), weights(completions)
     assert got.shape == entropy.shape == (9, max(lengths))
@@ -166,78 +160,83 @@ def test_packed_equals_separate_passes_in_value_and_gradient(tiny, stock, prompt
     assert_same_gradients(mine, slow, language(model))
 
 
-def test_packed_mask_of_several_chunks_of_several_rows(prompts, banned, tiny, monkeypatch):
-    """A chunk bound between one row and all rows: chunks of 2 query rows and a last one of 1."""
-    model, B, C = tiny[0], 3, 11
-    P = max(len(p.ids) for p in prompts)
-    attentions, real = [], vlm.Packed
-
-    def chunked(*args):
-        attentions.append(real(*args, chunk=2 * B * (P + C) + 5))
-        return attentions[-1]
-
-    monkeypatch.setattr(vlm, "Packed", chunked)
-    completions = [answers(banned, lengths) for lengths in ([7, 6], [1, 2], [3, 1])]   # 5 + 6 = 11
-    got, _ = vlm.logprobs(model, prompts, completions, banned)
-    assert [hi - lo for lo, hi, _ in attentions[0].chunks] == [2, 2, 2, 2, 2, 1]
-    for lo, hi, mask in attentions[0].chunks:
-        assert mask.shape[2] == hi - lo and mask.shape[3] == hi
-    monkeypatch.setattr(vlm, "Packed", real)
-    assert close(got, vlm.logprobs(model, prompts, completions, banned)[0])
+def seen_by_definition(lengths, owner, P):
+    """Who sees whom. -> bool [B,P+C,P+C]; nobody for padding"""
+    B, C = owner.shape
+    sees = torch.zeros(B, P + C, P + C, dtype=torch.bool)
+    for b in range(B):
+        own = range(P, P + int((owner[b] >= 0).sum()))
+        for i in [*range(lengths[b]), *own]:               # queries that are no padding
+            sees[b, i, [j for j in range(lengths[b]) if j <= i]] = True
+            sees[b, i, [j for j in range(P, i + 1) if owner[b, j - P] == owner[b, i - P]]] = True
+    return sees
 
 
-@pytest.mark.parametrize("chunk", [1 << 24, 1])
-def test_packed_attention_by_definition(chunk):
-    """`Packed` alone, two rows, fewer kv heads than heads, a scale that is not the default: one
-    dense masked softmax."""
-    lengths = torch.tensor([3, 5])
-    owner = torch.tensor([[0, 0, 1, 2, 2, 2], [0, 1, 1, 1, -1, -1]])
+def padded(owners):                            # [B, C]
+    return torch.nn.utils.rnn.pad_sequence(map(torch.tensor, owners), True, padding_value=-1)
+
+
+PACKED = {
+    "one group": ([4], [[0, 0, 0, 1, 1, 1]], 0),
+    "ragged": ([3, 5], [[0, 0, 1, 2, 2, 2], [0, 1, 1, 1]], 0),
+    "room for ranks": ([9, 4, 1], [[0, 0, 0, 1, 2, 2, 2, 2], [0, 0, 1, 1, 2], [0, 1]], 2),
+    "single tokens": ([6, 8], [[0, 0, 2], [5, 5, 5]], 0),  # they take no place: predicted_at
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_attention_by_definition(case, dtype):
+    """`Packed` alone, fewer kv heads than heads, a scale that is not the default: one dense masked
+    softmax in float32, and its gradients."""
+    lengths, owners, room = PACKED[case]
+    owner, P = padded(owners), max(lengths) + room
+    sees = seen_by_definition(lengths, owner, P)
+    real = sees.any(2)[:, None, :, None]                               # [B, 1, P+C, 1]
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 11, 8, generator=generator) for heads in (4, 2, 2))
-    out = vlm.Packed(lengths, owner, torch.float32, chunk=chunk)(0, q, k, v, 0.9)
-    assert out.shape == q.shape and torch.isfinite(out).all()
-    for b in range(2):
-        own = range(5, 5 + int((owner[b] >= 0).sum()))
-        for i in [*range(lengths[b]), *own]:                           # real queries
-            sees = [j for j in range(lengths[b]) if j <= i]
-            sees += [j for j in range(5, i + 1) if owner[b, j - 5] == owner[b, i - 5]]
-            for head in range(4):
-                p = (k[b, head // 2, sees] @ q[b, head, i] * 0.9).softmax(0)
-                right = p @ v[b, head // 2, sees]
-                assert torch.allclose(out[b, head, i], right, atol=1e-5), (b, i, head)
+    q, k, v, grad = (torch.randn(len(lengths), heads, P + owner.shape[1], 8, generator=generator)
+                     for heads in (6, 2, 2, 6))
+    q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
+    out = vlm.Packed(torch.tensor(lengths), owner, P)(0, q, k, v, 0.9)
+    assert out.shape == q.shape and out.dtype == dtype and torch.isfinite(out).all()
+    mine = torch.autograd.grad(out, (q, k, v), (grad * real).to(dtype))
+
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    keys, values = (x.repeat_interleave(3, dim=1) for x in exact[1:])
+    scores = (exact[0] @ keys.mT * 0.9).masked_fill(~sees[:, None], -1e9)
+    right = scores.softmax(-1) @ values
+    most = 1e-6 if dtype == torch.float32 else 0.01        # of the norm
+    expected = right * real, *torch.autograd.grad(right, exact, grad * real)
+    for got, exact in zip((out * real, *mine), expected):
+        assert exact.abs().max() > 0.5
+        assert (got.float() - exact).norm() <= most * exact.norm()
 
 
-@pytest.mark.parametrize("P", range(1, 10))
-def test_masks_have_rows_that_gpu_kernels_take_as_they_are(P):
-    """Rows of another number than a multiple of 8 were padded by the kernel, in a copy that it kept
-    for every key-value head: 1.6 GB on two layers of the 3B shape."""
-    owner = torch.tensor([[0, 0, 1, 2, 2], [0, 1, 1, -1, -1]])
-    packed = vlm.Packed(torch.tensor([P, 1]), owner, torch.float32, chunk=30)
-    assert len(packed.chunks) > 1
-    for lo, hi, mask in packed.chunks:
-        assert mask.shape == (2, 1, hi - lo, hi)
-        assert mask.stride(2) % 8 == 0 and mask.stride(3) == 1 and mask.storage_offset() == 0
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_asked_of_the_gpu_fits_its_kernels(causal):
+    """Arguments and shapes, by torch's own fake kernels: no CPU can run the real ones."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q = torch.empty(3, 4, 50, 32, device="cuda", dtype=torch.bfloat16)
+        k = torch.empty(3, 4, 50 if causal else 70, 32, device="cuda", dtype=torch.bfloat16)
+        o, s, state = two_parts.attend(q, k, k, causal, 0.2)
+        assert o.shape == q.shape and s.shape == q.shape[:3] and s.dtype == torch.float32
+        gradients = two_parts.attend_backward(o, q, k, k, o, s, state, causal, 0.2)
+    assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
 
 
-def test_the_calls_of_a_group_have_few_shapes(prompts, banned, tiny, monkeypatch):
-    """One for the prefix and one for each mask, in all layers and heads together: a kernel that
-    makes a plan per shape makes so many per group. cuDNN's, which does, is off."""
-    shapes, attentions = set(), []
-    real_attention, real_packed = F.scaled_dot_product_attention, vlm.Packed
+def test_a_group_asks_for_one_mask_free_call_of_sdpa(prompts, banned, tiny, monkeypatch):
+    """The prefix's. cuDNN's attention, which makes a plan for each new shape (on an H200 0.2 s), is
+    off; the completions ask for the flash kernels by name."""
+    shapes, real_attention = set(), F.scaled_dot_product_attention
 
-    def note(q, k, v, **how):
-        shapes.add((q.shape[2], k.shape[2]))
-        return real_attention(q, k, v, **how)
-
-    def chunked(*args):
-        attentions.append(real_packed(*args, chunk=400))
-        return attentions[-1]
+    def note(q, k, v, attn_mask=None, **how):
+        shapes.add((q.shape[2], k.shape[2], attn_mask))
+        return real_attention(q, k, v, attn_mask=attn_mask, **how)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", note)
-    monkeypatch.setattr(vlm, "Packed", chunked)
     vlm.logprobs(tiny[0], prompts[:1], [answers(banned, [5, 9, 3])], banned)
-    assert len(attentions[0].chunks) > 2
-    assert len(shapes) == 1 + len(attentions[0].chunks)
+    P = len(prompts[0].ids)
+    assert shapes == {(P, P, None)}
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -417,7 +416,7 @@ def test_vision_tokens_in_equal_pixels_in(tiny, stock, banned):
                   video_grid_thw=torch.tensor([grid])).logits[0]
 
     owner = torch.zeros(1, 6, dtype=torch.long)
-    attention = vlm.Packed(torch.tensor([len(prompt.ids)]), owner, torch.float32)
+    attention = vlm.Packed(torch.tensor([len(prompt.ids)]), owner)
     embeds = vlm.splice(model, ids[None], [prompt.vision])
     hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions,
                                         use_cache=False, attention=attention).last_hidden_state[0]
