@@ -4,7 +4,7 @@ The evidence: which claims of the two papers are seen on the built-in videos.
     python experiments/evidence.py OUT              make what is missing, in the folder OUT
     python experiments/evidence.py OUT --workers=1  one run at a time instead of two, a core each
     python experiments/evidence.py tables           print the tables, draw the picture; both are
-                                                    renewed in docs/evidence.md as well
+                                                    renewed in docs/ and in the README as well
 
 Each finished run adds a line to evidence.jsonl, and is never made again. The command may be stopped
 at any time, and goes on where it was: only unfinished runs are begun again. rows.py lists runs and
@@ -334,8 +334,10 @@ def main():
         # What stops this command stops its runs, too.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("stopped"))
         failed = make_all(Path(options.out).absolute(), options.workers)
-    results, page = read_results(RESULTS), ROOT / "docs" / "evidence.md"
-    page.write_text(evidence_tables.with_tables(page.read_text(), results))
+    results = read_results(RESULTS)
+    for page in evidence_tables.PAGES:
+        text = (ROOT / page).read_text()
+        (ROOT / page).write_text(evidence_tables.with_tables(text, results))
     evidence_tables.draw(results, ROOT / "assets" / "evidence.png")
     for table in evidence_tables.TABLES.values():
         print("\n".join(table(results)), end="\n\n")

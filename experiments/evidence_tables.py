@@ -87,6 +87,16 @@ def numbers_of(row, results):
             f"{row.least:g}", str(len(pairs)), judged(row, found))
 
 
+def main_table(results):
+    """The README's: a row for each of the papers' ideas."""
+    lines = header("claim", "difference (95% interval)", "verdict")
+    for row in rows.ROWS:
+        if row.short:
+            _, _, difference, _, _, said = numbers_of(row, results)
+            lines.append(line(row.short, f"{difference} {row.unit}", said.partition(":")[0]))
+    return lines
+
+
 def spread(numbers):
     """Text: mean, and half of its 95% interval where there are enough seeds."""
     if not numbers:
@@ -192,9 +202,10 @@ def cost_table(results):
     return lines
 
 
-TABLES = {"claims": claims_table, "grades": grades_table, "estimates": estimates_table,
-          "frames": frames_table, "domains": domains_table, "runs": runs_table,
-          "least": least_table, "cost": cost_table}
+TABLES = {"claims": claims_table, "main": main_table, "grades": grades_table,
+          "estimates": estimates_table, "frames": frames_table, "domains": domains_table,
+          "runs": runs_table, "least": least_table, "cost": cost_table}
+PAGES = ("docs/evidence.md", "README.md")
 
 
 def with_tables(text, results):

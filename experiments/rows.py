@@ -106,6 +106,7 @@ class Row:
     earlier: str = ""          # the verdict before there was a rule: three seeds, 192 questions
     measure_b: Callable = None           # of b, if it is another one
     also: tuple = ()           # other runs that the measure reads
+    short: str = ""            # what the README calls it; one row for each of the papers' ideas
 
 
 POINTS = "points of accuracy"
@@ -117,7 +118,8 @@ LOOKING, MIX, FOOLED = "Reasoning over frames", "Domains mixed", "A verifier tha
 
 ROWS = [
     Row(RLCS, "more groups have signal than with uniform draws", "of 100 groups", m.signal,
-        "follows", ">", "uniform", 5.0, GROUPS),
+        "follows", ">", "uniform", 5.0, GROUPS,
+        short="RLCS: more groups have signal than with uniform draws"),
     Row(RLCS, "... than if estimates stand still", "of 100 groups", m.signal,
         "follows", ">", "still", 5.0, GROUPS),
     Row(RLCS, "estimates that stand still beat uniform draws as well", "of 100 groups", m.signal,
@@ -134,7 +136,8 @@ ROWS = [
         partial(m.estimate_error, "follows"), "uniform", "<", "uniform", 0.05,
         "half of the narrowest tier", measure_b=partial(m.estimate_error, "still")),
     Row(RATIO, "it fills the batch", "groups kept of 16", m.groups_kept,
-        "base", ">", "plain", 1.0, "one group", "seen"),
+        "base", ">", "plain", 1.0, "one group", "seen",
+        short="ratio-EMA: oversampling fills the batch"),
     Row(RATIO, "it keeps the batch steady", "deviation, % of mean", m.unevenness,
         "base", "<", "plain", 10.0, "a third of what it is without", "seen"),
     Row(RATIO, "it ends better, at equal steps", POINTS, m.accuracy,
@@ -142,7 +145,8 @@ ROWS = [
     Row(RATIO, "it ends better, at equal completions", POINTS, m.accuracy_at_equal_cost,
         "base", ">", "plain", 2.0, TWO_POINTS, "not resolved"),
     Row(FORCED, "in training and at test, it ends better", POINTS, m.accuracy,
-        "tight", ">", "unforced", 5.0, "thoughts are cut on purpose here", "seen"),
+        "tight", ">", "unforced", 5.0, "thoughts are cut on purpose here", "seen",
+        short="forced answers end better"),
     Row(FORCED, "only in training, both tested with it", POINTS, m.accuracy,
         "tight", ">", "unforced-forced", 2.0, TWO_POINTS, "seen"),
     Row(FORCED, "only at test, both trained without it", POINTS, m.accuracy,
@@ -152,7 +156,8 @@ ROWS = [
     Row(CLIP, "it keeps entropy up", "nats", m.entropy,
         "higher", ">", "symmetric", 0.005, "a fifth of the entropy", "not seen"),
     Row(CLIP, "it ends better", POINTS, m.accuracy,
-        "higher", ">", "symmetric", 2.0, TWO_POINTS, "not resolved"),
+        "higher", ">", "symmetric", 2.0, TWO_POINTS, "not resolved",
+        short="clip-higher ends better"),
     Row("KL", "no KL term ends better than one of 0.04", POINTS, m.accuracy,
         "base", ">", "kl", 2.0, TWO_POINTS, "not resolved"),
     Row(LOSS, "per sample and per token end at the same accuracy", POINTS, m.accuracy,
@@ -167,7 +172,8 @@ ROWS = [
         "base", ">", "none", 5.0, "a small part of what it teaches", "seen"),
     Row(LOOKING, "a thought beats answering at once, 256 frames", POINTS,
         partial(m.accuracy_at, 256), "thinks-frames", ">", "once-frames", 5.0,
-        "a quarter of what guessing gives", "seen"),
+        "a quarter of what guessing gives", "seen",
+        short="over 256 frames, a thought beats answering at once"),
     Row(LOOKING, "it gains more from 256 frames instead of 16", POINTS, m.gain_from_frames,
         "thinks-frames", ">", "once-frames", 5.0, "a quarter of what guessing gives", "seen"),
     Row(MIX, "all domains mixed improve more than a single one", POINTS, m.lift,
