@@ -54,7 +54,7 @@ HOW = {**SMALL, "sft_steps": 2, "rl_steps": 4, "eval_every": 2, "save_every": 10
 MEMORY = [
     {"frames": 64, "group": 8, "completion": 40, "checkpointing": 0},
     {"frames": 64, "group": 8, "completion": 40, "checkpointing": 1},
-    {"frames": 512, "group": 4, "completion": 32, "checkpointing": 1}]
+    {"frames": 256, "group": 4, "completion": 32, "checkpointing": 1}]
 BFLOAT = dict(dtype="bfloat16", sp=1, lr=1e-5, rl_steps=2, eval_every=0)
 
 
