@@ -189,7 +189,7 @@ AttentionMaskInterface.register("attention_object", lambda *args, **kwargs: None
 
 
 class Packed:
-    """Who sees whom in a group that is packed as [prefix | completion 1 | ... | completion G].
+    """The attention of a group that is packed as [prefix | completion 1 | ... | completion G].
 
     Each completion sees the prefix and itself. So the prefix, nearly all of a long video's cost, is
     computed once forward and once backward, not G times; and its keys and values are never copied.

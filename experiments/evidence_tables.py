@@ -93,7 +93,8 @@ def main_table(results):
     for row in rows.ROWS:
         if row.short:
             _, _, difference, _, _, said = numbers_of(row, results)
-            lines.append(line(row.short, f"{difference} {row.unit}", said.partition(":")[0]))
+            measured = f"{difference} {row.unit}" if difference else ""
+            lines.append(line(row.short, measured, said.partition(":")[0]))
     return lines
 
 

@@ -98,8 +98,10 @@ def recorded(call, device):
     kernels = {}
     for event in found.key_averages():
         seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-        if seconds > 0:
-            kernels[event.key[:NAME]] = round(seconds, 6), event.count
+        if seconds > 0:                                    # names that are cut may be the same
+            name = event.key[:NAME]
+            before, calls = kernels.get(name, (0.0, 0))
+            kernels[name] = round(before + seconds, 6), calls + event.count
     return dict(sorted(kernels.items(), key=lambda item: -item[1][0]))
 
 

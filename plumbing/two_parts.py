@@ -9,8 +9,8 @@ parts together
 
     s = log(exp(s1) + exp(s2))            o = exp(s1 - s) o1 + exp(s2 - s) o2
 
-and the backward of a part is its kernel's, if it is given the s and the o of both. (Ring attention,
-arXiv 2310.01889, merges the parts of its ranks like that.)
+The backward of each part is its kernel's own, given the merged s and o. (Ring attention, arXiv
+2310.01889, merges the parts of its ranks like that.)
 """
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ def attend(q, k, v, causal, scale):
     if q.dtype == torch.float32:                           # the flash kernel has no float32
         o, s, *state = aten._scaled_dot_product_efficient_attention(
             q, k, v, None, True, 0.0, causal, scale=scale)
-        return o, s[..., :q.shape[2]], state               # s is padded to a multiple of 32
+        return o, s.narrow(2, 0, q.shape[2]), state        # s is padded to a multiple of 32
     o, s, *lengths, seed, offset, _ = aten._scaled_dot_product_flash_attention(
         q, k, v, 0.0, causal, False, scale=scale)
     return o, s, (*lengths, 0.0, causal, seed, offset)
@@ -110,12 +110,13 @@ class TwoParts(torch.autograd.Function):
     def backward(ctx, grad):
         q, prefix_k, prefix_v, own_k, own_v, o, s = ctx.saved_tensors
         lengths, completions, scale, R, states, own_state = ctx.others
-        # Padding behind a completion is seen by no token, and its own queries get no gradient.
-        own_grad = completions.apart(grad) * completions.is_token[:, None, :, None]
+        # The padding behind a completion is seen by no token. Nor does it see one: at s = inf its
+        # weights, exp(q k - s), are 0. (With another token's s they could overflow, to NaN.)
+        own_s = completions.apart(s).masked_fill(~completions.is_token[:, None], torch.inf)
         dq, own_dk, own_dv = attend_backward(
-            own_grad, completions.apart(q), repeat(completions.apart(own_k), R),
-            repeat(completions.apart(own_v), R), completions.apart(o), completions.apart(s),
-            own_state, True, scale)                                    # [N, heads, L, d]
+            completions.apart(grad), completions.apart(q), repeat(completions.apart(own_k), R),
+            repeat(completions.apart(own_v), R), completions.apart(o), own_s, own_state, True,
+            scale)                                                     # [N, heads, L, d]
         dq = completions.together(dq)                                  # [B, heads, C, d]
         own_dk = completions.together(own_dk.unflatten(1, (-1, R)).sum(2))         # [B, kv, C, d]
         own_dv = completions.together(own_dv.unflatten(1, (-1, R)).sum(2))

@@ -151,7 +151,7 @@ def test_max_pixels_holds_for_a_frame_below_the_checkpoints_minimum(tiny, tmp_pa
 # weights
 
 def test_load_sets_attention_dtype_and_no_dropout(saved):
-    """Our attention in both halves: with transformers' default the packed mask would be ignored.
+    """Our attention in both halves: with transformers' default a completion would see the others.
     And float32 frequencies: rounded to bfloat16, position 1,000 is a radian off."""
     model, _ = vlm.load(saved, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not model.training

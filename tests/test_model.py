@@ -212,12 +212,29 @@ def test_packed_attention_by_definition(case, dtype):
         assert (got.float() - exact).norm() <= most * exact.norm()
 
 
+def test_padding_of_a_short_completion_overflows_no_gradient():
+    """Its cells hold the query and the normaliser of another token. Once they were weighed with
+    these: where the keys of the short completion are large, exp(q k - s) was infinite, and the
+    gradients of all its tokens were NaN."""
+    owner = torch.tensor([[0, 0, 1, 2, 2, 2, 2]])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(1, 1, 11, 32, generator=generator) for _ in "qkvg")
+    q[:, :, 4] = 10.0                                      # the token that stands for padding
+    k[:, :, :6] *= 0.1
+    k[:, :, 6] = 10.0                                      # the short completion's only key
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = vlm.Packed(torch.tensor([4]), owner)(0, q, k, v, 1.0)
+    for gradient in torch.autograd.grad(out, (q, k, v), grad):
+        assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
-def test_what_is_asked_of_the_gpu_fits_its_kernels(causal):
+def test_what_is_asked_of_the_gpu_fits_its_kernels(causal, dtype):
     """Arguments and shapes, by torch's own fake kernels: no CPU can run the real ones."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        q = torch.empty(3, 4, 50, 32, device="cuda", dtype=torch.bfloat16)
-        k = torch.empty(3, 4, 50 if causal else 70, 32, device="cuda", dtype=torch.bfloat16)
+        q = torch.empty(3, 4, 64, 32, device="cuda", dtype=dtype)
+        k = torch.empty(3, 4, 64 if causal else 70, 32, device="cuda", dtype=dtype)
         o, s, state = two_parts.attend(q, k, k, causal, 0.2)
         assert o.shape == q.shape and s.shape == q.shape[:3] and s.dtype == torch.float32
         gradients = two_parts.attend_backward(o, q, k, k, o, s, state, causal, 0.2)
