@@ -98,6 +98,18 @@ def main_table(results):
     return lines
 
 
+def changed_table(results):
+    """Rows whose verdict is another than before there was a rule."""
+    lines = header("claim", "earlier", "now")
+    for row in rows.ROWS:
+        found = rows.differences(row, results)
+        now = verdict(found, row.sign, row.least)
+        earlier = row.earlier.replace("not seen", "not resolved")
+        if row.earlier and now in COLOURS and now != earlier:
+            lines.append(line(f"{row.group}: {row.claim}", row.earlier, judged(row, found)))
+    return lines
+
+
 def spread(numbers):
     """Text: mean, and half of its 95% interval where there are enough seeds."""
     if not numbers:
@@ -203,9 +215,9 @@ def cost_table(results):
     return lines
 
 
-TABLES = {"claims": claims_table, "main": main_table, "grades": grades_table,
-          "estimates": estimates_table, "frames": frames_table, "domains": domains_table,
-          "runs": runs_table, "least": least_table, "cost": cost_table}
+TABLES = {"claims": claims_table, "main": main_table, "changed": changed_table,
+          "grades": grades_table, "estimates": estimates_table, "frames": frames_table,
+          "domains": domains_table, "runs": runs_table, "least": least_table, "cost": cost_table}
 PAGES = ("docs/evidence.md", "README.md")
 
 
