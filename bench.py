@@ -217,6 +217,7 @@ class Workload:
         self.row, self.ranks = row, ranks
         self.alone = Ranks(device=ranks.device)            # to do something without the others
         self.stage2 = row.variant == "shared+sp"
+        self.advantages = 1.0 - 2.0 * (torch.arange(row.group) % 2)    # fixed: G = 1 trains too
         dtype = row.dtype or ("float32" if ranks.device == "cpu" else "bfloat16")
         self.model, self.tokenizer = load(row.model, ranks.device, getattr(torch, dtype), row.seed)
         pixels = self.model.pixels
@@ -275,7 +276,6 @@ class Workload:
         phase; watch(): a context in which each forward and backward runs.
         """
         row = self.row
-        advantages = 1.0 - 2.0 * (torch.arange(row.group) % 2)     # fixed, so that G = 1 trains too
         if row.cache == "cold":
             self.cache = encode.Cache()
         parts, ranks = self.parts()
@@ -297,7 +297,7 @@ class Workload:
                     prompt = self.prompt()
             with clock("train"), watch():
                 gaps.append(forward_backward(
-                    self.model, prompt, completions, advantages[part], ranks, self.banned,
+                    self.model, prompt, completions, self.advantages[part], ranks, self.banned,
                     row.group, self.stage2))
         with clock("train"):
             norm = update(self.model, self.optimizer, LR, self.ranks)

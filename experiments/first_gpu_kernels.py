@@ -116,11 +116,9 @@ def kernels(row):
         return rollout.sample(work.model, work.tokenizer, [prompt], keys, think_budget=0,
                               answer_budget=tokens, banned=work.banned, forced="")
 
-    advantages = 1.0 - 2.0 * (torch.arange(row.group) % 2)
-
     def train():
-        bench.forward_backward(work.model, prompt, group, advantages, work.ranks, work.banned,
-                               row.group, stage2=False)
+        bench.forward_backward(work.model, prompt, group, work.advantages, work.ranks,
+                               work.banned, row.group, stage2=False)
 
     sample(4)                                              # the first of all calls are slow
     few, many = Clock(), Clock()

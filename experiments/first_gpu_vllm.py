@@ -67,14 +67,13 @@ def weight_of(model):
 def weights(row):
     """After each of three updates one of vLLM's weights is compared with the trainer's."""
     work, engine = vllm_work(row)
-    advantages = 1.0 - 2.0 * (torch.arange(work.row.group) % 2)
     gaps, changed, differing = [], [], []
     for number in range(3):
         engine.load(work.model)
         prompt, completions = sampled_group(work, engine, number)
         engine.rest()
         gaps.append(sampler_gap(work, prompt, completions))
-        bench.forward_backward(work.model, prompt, completions, advantages, work.ranks,
+        bench.forward_backward(work.model, prompt, completions, work.advantages, work.ranks,
                                work.banned, work.row.group, stage2=False)
         before = weight_of(work.model)
         update(work.model, work.optimizer, LR, work.ranks)
