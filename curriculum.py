@@ -12,7 +12,7 @@ The paper gives no numbers: none for tiers, the merging of labels, weights, the 
 moving average, or a cap on the unbounded ratio. Those below are ours, as is the rule of `update`.
 Left out: labels of human experts. Proportions of domains are in plumbing/mixture.py.
 
-  python curriculum.py     a learner that jumps: estimates that stand still, and this rule's
+  python curriculum.py     a learner that suddenly improves: fixed estimates, and this rule's
 """
 import copy
 import math
@@ -28,7 +28,7 @@ DECAY = 0.7                     # factor on earlier answers at each visit: a ten
 PACE = 0.1                      # how far a group's surprise moves the other estimates, in log-odds
 FLOOR = 0.1                     # smallest weight of a tier, as a share of the largest
 SMOOTH = 0.9                    # coefficient of the ratio's moving average: about ten steps
-SAMPLE = 2000                   # of very many known questions so many stand for all
+SAMPLE = 20_000                 # of more known questions about so many stand for all
 SAVED = ("epoch", "queue", "met", "dropped", "recent", "ratio")     # in a checkpoint
 LATER = ("levels", "noted_at", "surplus")      # likewise, unless empty; older checkpoints lack them
 
@@ -141,31 +141,31 @@ class Curriculum:
             raise ValueError("no sample is left to draw: every one was dropped")
         weights = self.weights()
         drawn = []
-        this_round = set()   # ids drawn since all usable ones were drawn
-        waiting = []         # of these, the ids met again: their turn comes after this round
+        while len(drawn) < n:
+            drawn += self.draw_distinct(min(n - len(drawn), usable), weights)
+        return drawn
+
+    def draw_distinct(self, n, weights):
+        """The next n ids, none twice. One that the next epoch brings again is put back in front."""
+        drawn = {}                                         # as an ordered set
+        met_again = {}                                     # likewise
         while len(drawn) < n:
             if not self.queue:
                 self.queue = list(self.ids)
                 random.Random(f"{self.seed} epoch {self.epoch}").shuffle(self.queue)
                 self.epoch += 1
             id = self.queue.pop(0)
-            if id in self.dropped or id in waiting:        # an id waits for one turn only
-                continue
-            if id in this_round:                           # drawn at the end of the last epoch
-                waiting.append(id)
-            elif self.accepts(id, weights):
-                drawn.append(id)
-                this_round.add(id)
-            if len(this_round) == usable:
-                this_round = set()
-                self.queue[:0] = waiting
-                waiting = []
-        self.queue[:0] = waiting
-        return drawn
+            if id in drawn:
+                met_again[id] = True
+            elif id not in self.dropped and self.accepts(id, weights):
+                drawn[id] = True
+        self.queue[:0] = met_again
+        return list(drawn)
 
     def accepts(self, id, weights):
-        """Whether an id that is met is drawn: with a chance of its tier's weight / the largest, but
-        always if its estimate contradicts its own answers: it was moved, and is a guess."""
+        """Whether an id that is met is drawn: with probability weight of its tier / largest weight;
+        always if its estimate has drifted to the other side of 0.5 from its own answers, since it
+        is then a guess."""
         self.met += 1
         chance = random.Random(f"{self.seed} met {self.met}").random()
         correct, total = self.recent.get(id, (0.0, 0.0))
@@ -188,7 +188,8 @@ class Curriculum:
 
     def expanded(self, n, multiple=1):
         """How many prompts to draw so that about n groups have signal, rounded up to a multiple.
-        What that adds is subtracted at the next step, or where 2 are wanted 4 would be drawn."""
+        What rounding adds is deducted at the next step: otherwise a run that needs 2 prompts a step
+        might draw 4 every time."""
         self.wanted = max(0.0, n * self.ratio - self.surplus)
         # The average never quite falls to 1: without 0.01 ceil would draw one too many for ever.
         return max(1, math.ceil((self.wanted - 0.01) / multiple)) * multiple
@@ -208,6 +209,12 @@ class Curriculum:
     def load_state_dict(self, state):
         for key in state.keys() & {*SAVED, *LATER}:        # older checkpoints have other keys
             setattr(self, key, copy.copy(state[key]))
+        # A question may have left the data file since.
+        ids = set(self.ids)
+        self.queue = [id for id in self.queue if id in ids]
+        for about in (self.dropped, self.recent, self.noted_at):
+            for id in about.keys() - ids:
+                del about[id]
 
 
 def expansion_ratio(invalid_rate, cap=8.0):

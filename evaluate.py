@@ -225,8 +225,8 @@ def grade(run, samples):
         grades |= {id: [right, c.group_size] for id, right in correct.items()}
         bar.update(len(part))
     bar.close()
-    graded = Curriculum([sample.id for sample in samples if sample.id in grades], c.seed, grades)
-    counts = ", ".join(map(str, graded.census()[0]))
+    tiers = list(map(Curriculum(grades, c.seed, grades).tier, grades))
+    counts = ", ".join(str(tiers.count(tier)) for tier in range(5))
     run.say(f"{path}: {len(grades)} graded, {failed} not; hard to easy, in five tiers: {counts}")
 
 

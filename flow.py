@@ -60,6 +60,7 @@ class Prompt:
     vision: torch.Tensor     # [V, D]; on "meta", without memory, until `data.fetch` brings it
     grids: list              # (t, h, w) in patches of each run of vision tokens
     seconds: float = 0.0     # between two temporal patches
+    frames: int = None       # of its video; None if they fill the temporal patches
     key: str = ""            # the video's name in the cache
     video: str = ""          # its path, to encode it again where the cache no longer has it
 

@@ -166,7 +166,7 @@ def make_prompt(model, tokenizer, question, vision, grid, seconds, frames=None, 
         raise ValueError(f"vision tokens of {vision.shape[1]} features, not {shape[1]}")
     positions = mrope_positions(ids, pad, grids, model.pixels.merge, interval)
     return Prompt(ids.to(vision.device), positions.to(vision.device), vision, grids,
-                  seconds * model.pixels.temporal, key)
+                  seconds * model.pixels.temporal, frames, key)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """
 Is the answer right? One small verifier per domain, and one check of the format.
 
-A verifier is a function (predicted, answer) -> a number in [0, 1]; answer is the gold answer. How
-an answer is set does not matter (`unwrap`), but it must be the answer alone: a sentence around it,
-a range, a second guess or a copy of the options is wrong, because it could contain any answer. Tags
+A verifier is a function (predicted, answer) -> a number in [0, 1]; answer is the gold answer. Its
+formatting does not matter (`unwrap`), but it must be the answer alone: a sentence around it, a
+range, a second guess or a copy of the options is wrong, because it could contain any answer. Tags
 are searched in decoded text, not in tokens: most tokenizers split them and merge their ends.
 """
 import json
@@ -11,9 +11,11 @@ import os
 import re
 import sys
 import unicodedata
+from contextlib import suppress
 from decimal import Decimal
 from functools import lru_cache
 from math import prod
+from signal import SIGPROF
 from subprocess import PIPE, Popen
 from threading import Lock
 
@@ -168,7 +170,8 @@ def verify_open(predicted, answer):
 def ask_worker(domain, predicted, answer, tolerance):
     """True if two numbers, quantities or formulas are the same. math-verify may take for ever on a
     formula, so plumbing/math_worker.py asks it in another process, which ends itself at its time
-    limit: the answer is wrong. Raises ValueError if math-verify is missing."""
+    limit: the answer is wrong. Raises ValueError if math-verify is missing, or if the process ends
+    for another reason: then the answer is not known to be wrong."""
     if predicted == answer or len(predicted + answer) > LONGEST:
         return predicted == answer != ""
     with LOCK:                                        # threads ask one after another
@@ -177,11 +180,13 @@ def ask_worker(domain, predicted, answer, tolerance):
             file = os.path.join(os.path.dirname(__file__), "plumbing", "math_worker.py")
             worker = Popen([sys.executable, "-P", file], stdin=PIPE, stdout=PIPE, text=True)
             WORKERS[os.getpid()] = worker             # a forked process starts its own
-        print(json.dumps([domain, predicted, answer, tolerance]), file=worker.stdin, flush=True)
+        with suppress(BrokenPipeError):               # it has ended: there is no reply either
+            print(json.dumps([domain, predicted, answer, tolerance]), file=worker.stdin, flush=True)
         reply = worker.stdout.readline().strip()
-        if not reply:                                 # its time was up
-            worker.wait()
-    if reply not in ("right", "wrong", ""):
+        if not reply and worker.wait() == -SIGPROF:
+            reply = "wrong"                           # its time was up
+    if reply not in ("right", "wrong"):
+        reply = reply or f"plumbing/math_worker.py ended with status {worker.returncode}"
         raise ValueError(f"formulas cannot be compared: {reply}")
     return reply == "right"
 

@@ -343,7 +343,7 @@ def torch_rollout(model, tokenizer, prompts, keys, max_tokens, ranks, how):
     """`sample` in batches of at most max_tokens prefix tokens. ranks: they share the prefill"""
     completions = []
     with gathered(model):                                  # on every rank, also with no prompts
-        for batch in cut(range(len(prompts)), lambda i: len(prompts[i].ids), max_tokens):
+        for batch in cut(range(len(prompts)), lambda i: [len(prompts[i].ids)], max_tokens):
             lo, hi = batch[0], batch[-1] + 1
             completions += sample(model, tokenizer, prompts[lo:hi], keys[lo:hi], ranks=ranks, **how)
     return completions

@@ -28,7 +28,7 @@ import toy
 from curriculum import Curriculum, balanced, has_signal
 from flow import Group, Ranks, Run
 from plumbing import batches, command_line, lora, metrics
-from plumbing.fetching import fetch_in_rounds, fetch_own, keep
+from plumbing.fetching import fetch_in_rounds, fetch_own, store_received
 from plumbing.grades import read_grades
 from plumbing.judges import grade
 from plumbing.metrics import Clock, Meter, mean
@@ -179,8 +179,8 @@ def reinforce(run, stage, by_id, held_out):
         with clock("train"):
             for part in batches.split(kept, c.updates_per_rollout):
                 destination, imbalance = deal_groups(batches.token_counts(part, facts), ranks)
-                mine = send_groups(groups, destination, ranks,
-                                   partial(data.fetch, run), partial(keep, run))
+                mine = send_groups(groups, destination, ranks, partial(data.fetch, run),
+                                   partial(store_received, run, drawn))
                 divisor = loss_divisor(part, facts, c)
                 for batch in batches.micro_batches(mine, c.max_tokens, run):
                     prompts = data.fetch(run, batch.prompts)       # from the cache: MR-SP's reuse

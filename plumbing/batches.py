@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
 from flow import Completion, Group, Prompt, Ranks
+from plumbing.families import TAGS, tokenize_text, vision_width
 from plumbing.ranks import gather, shard
 
 
@@ -29,27 +30,29 @@ def micro_batches(groups, max_tokens, run):
     included. A group that has more by itself is a batch of its own.
 
     groups: those of this dp group. All its sp ranks get batches of the same prompts in the same
-    order, since they fetch the vision tokens together. Longest first pads little, and no other
-    order has fewer batches. Inside a batch the groups stay in their order.
+    order, since they fetch the vision tokens together. Longest first pads little. Inside a batch
+    the groups stay in their order.
     """
-    def length(i):
-        return longest_share(groups[i], run.config, run.ranks)
+    c, ranks = run.config, run.ranks
 
-    order = sorted(range(len(groups)), key=length, reverse=True)
+    def lengths(i):
+        return longest_share(groups[i], c, ranks.sp)
+
+    order = sorted(range(len(groups)), key=lambda i: sum(lengths(i)), reverse=True)
     parts = []
-    for part in cut(order, length, max_tokens):
-        parts.append([rank_share(groups[i], run.config, run.ranks) for i in sorted(part)])
+    for part in cut(order, lengths, max_tokens):
+        parts.append([rank_share(groups[i], c, ranks.sp_rank, ranks.sp) for i in sorted(part)])
     return make_batches(parts, run)
 
 
 def taught_batches(groups, max_tokens, run):
     """As `micro_batches`, of groups that are this rank's alone, in their order."""
-    return make_batches(list(cut(groups, group_length, max_tokens)), run)
+    return make_batches(list(cut(groups, group_lengths, max_tokens)), run)
 
 
 def make_batches(parts, run):
     """Yields a `Batch` of each list of groups; the last ones may have weight zero (`missing`)."""
-    weightless = missing(parts, run)       # asked now: later some ranks would be in a forward
+    weightless = missing(parts, run)       # all ranks ask before the first forward, none within
     for part in parts:
         yield make_batch(part, run.ranks.device)
     for _ in range(weightless):
@@ -64,22 +67,24 @@ def missing(parts, run):
     return max(gather(len(parts), run.ranks)) - len(parts)
 
 
-def cut(items, length, most):
-    """Cut items, in order, into runs of which (items x the longest) is at most `most`."""
-    run, longest = [], 0
+def cut(items, lengths, most):
+    """Cut items, in order, into runs that take at most `most` positions each. An item is a row of
+    parts, and each part is padded to the longest in the run. lengths(item) -> those of its parts"""
+    run, longest = [], []
     for item in items:
-        longest = max(longest, length(item))
-        if run and (len(run) + 1) * longest > most:
+        parts = lengths(item)
+        longest = [max(pair) for pair in zip(longest or parts, parts)]
+        if run and (len(run) + 1) * sum(longest) > most:
             yield run
-            run, longest = [], length(item)
+            run, longest = [], parts
         run.append(item)
     if run:
         yield run
 
 
-def group_length(group):
-    """Positions of a group in the packed sequence: its prefix, and all its completions."""
-    return len(group.prompt.ids) + sum(len(x.tokens) for x in group.completions)
+def group_lengths(group):
+    """Positions of a group in the packed sequence: of its prefix, and of all its completions."""
+    return len(group.prompt.ids), sum(len(x.tokens) for x in group.completions)
 
 
 def make_batch(groups, device):
@@ -96,7 +101,7 @@ def make_batch(groups, device):
 
 def weightless_group(run):
     """One token after a prompt of one token, marked as not sampled: its loss and gradient are 0."""
-    device, features = run.banned.device, run.model.config.text_config.hidden_size
+    device, features = run.banned.device, vision_width(run.model.config.vision_config)
     token = run.banned.int().argmin()[None]        # one that is not banned: no log-prob of -inf
     prompt = Prompt(ids=token,
                     positions=token.new_zeros(3, 1),
@@ -110,7 +115,7 @@ def taught_groups(tokenizer, prompts, texts, end):
     `Prompt`)]; end: ids that follow every text"""
     groups = []
     for (sample, prompt), text in zip(prompts, texts):
-        tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids + end)
+        tokens = torch.tensor(tokenize_text(tokenizer, text, but=TAGS) + end)
         groups.append(one_completion(
             sample, prompt, tokens, torch.ones(len(tokens), dtype=torch.bool)))
     return groups
@@ -130,19 +135,18 @@ def token_counts(slots, facts):
     return counts
 
 
-def rank_share(group, c, ranks):
-    """A group with the completions that this rank trains on: all of them if the sequence is sharded
-    (stage 2), else 1/sp."""
+def rank_share(group, c, sp_rank, sp):
+    """A group with the completions that an sp rank trains on: all of them if the sequence is
+    sharded (stage 2), else 1/sp."""
     if c.stage2:
         return group
-    lo, hi = shard(c.group_size, ranks.sp_rank, ranks.sp)
+    lo, hi = shard(c.group_size, sp_rank, sp)
     return replace(group, completions=group.completions[lo:hi], advantages=group.advantages[lo:hi])
 
 
-def longest_share(group, c, ranks):
-    """Positions of a group's packed sequence on the sp rank that has the most."""
-    shares = [rank_share(group, c, replace(ranks, sp_rank=rank)) for rank in range(ranks.sp)]
-    return max(map(group_length, shares))
+def longest_share(group, c, sp):
+    """`group_lengths` on the sp rank that has the most."""
+    return max(group_lengths(rank_share(group, c, rank, sp)) for rank in range(sp))
 
 
 def sharers(c, ranks):

@@ -122,13 +122,15 @@ MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mod
               "fsdp", "checkpointing", "max_tokens", "vllm_memory", "vllm_share", "rl_steps",
               "eval_every", "eval_samples", "eval_frames", "eval_budgets", "pass_k", "show_every",
               "save_every", "judges", "judge_seconds", "tensorboard"}
-# Options that may differ between the machines of a run.
-OF_MACHINE = {"video_dir", "cache_dir", "cache_gb", "out_dir", "vllm_memory"}
+# Options that may differ between the machines of a run. The ranks that share a video look for it
+# in their caches together, so these are of one size, and all have a folder or none has.
+OF_MACHINE = {"video_dir", "cache_dir", "out_dir", "vllm_memory"}
 
 
 def to_compare(c):
-    """{name: value} of the options that must be equal on all ranks."""
-    return {key: value for key, value in asdict(c).items() if key not in OF_MACHINE}
+    """{name: value} of what must be equal on all ranks."""
+    compared = {key: value for key, value in asdict(c).items() if key not in OF_MACHINE}
+    return compared | {"a cache_dir": bool(c.cache_dir)}
 
 
 def check_choice(c, key, choices):

@@ -156,19 +156,22 @@ def tokenize(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def tokenize_text(tokenizer, text):
+def tokenize_text(tokenizer, text, but=()):
     """A user's text: a control token that is spelled out in it is broken up. -> list of ids
 
     A question that contains "<|video_pad|>" must become the letters of that word, never the token.
+    but: control tokens that stay, since we wrote them around the text.
     """
     controls = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    controls = [control for control in controls if control not in but]
     pieces = [text]
     for control in sorted(controls, key=len, reverse=True):
         pieces = [part for piece in pieces for part in break_up(piece, control)]
     ids = []
     for piece in filter(None, pieces):
         ids += tokenize(tokenizer, piece)
-    bad = [i for i in ids if i in tokenizer.added_tokens_decoder]
+    added = tokenizer.added_tokens_decoder
+    bad = [i for i in ids if i in added and added[i].content not in but]
     assert not bad, f"text became control tokens {bad}: {text!r}"
     return ids
 

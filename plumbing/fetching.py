@@ -58,13 +58,16 @@ def fetch_own(run, fetch, prompts):
     return own
 
 
-def keep(run, prompt):
-    """Put the vision tokens of a prompt that another rank sent into the cache. -> the prompt
-    without them"""
+def store_received(run, drawn, group):
+    """Put the vision tokens of a group that another rank sent into the cache. -> the group without
+    them. drawn: the step's samples; their paths are those of this machine."""
+    prompt, sample = group.prompt, drawn[group.slot]
     t = sum(grid[0] for grid in prompt.grids)
     _, h, w = prompt.grids[0]
-    run.cache.keep(prompt.key, prompt.vision, (t, h, w), prompt.seconds / run.model.pixels.temporal)
-    return without_tokens(prompt)
+    seconds = prompt.seconds / run.model.pixels.temporal               # between two frames
+    run.cache.keep(prompt.key, prompt.vision, (t, h, w), seconds, prompt.frames)
+    prompt = replace(without_tokens(prompt), video=sample.video)
+    return replace(group, sample=sample, prompt=prompt)
 
 
 def refuse_changes(video, key_now, key):

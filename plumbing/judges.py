@@ -11,6 +11,8 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from threading import Thread
 
+MOST_SECONDS = 1500.0      # for all calls of a step: other ranks wait for ranks.PATIENCE at most
+
 
 def load_verifiers(specs):
     """{domain: function} of "domain=folder/my_file.py:function", comma-separated. Raises ValueError
@@ -85,9 +87,12 @@ def at_once(calls, most, seconds):
     it raised, in the order of the calls; a TimeoutError if it ran for more than `seconds`
 
     Python cannot end a thread. One that is late is left alone: it does not hold up the others, nor
-    the end of the program.
+    the end of the program. After MOST_SECONDS no call begins, and none is waited for.
     """
     done = SimpleQueue()
+    end = time.monotonic() + MOST_SECONDS
+    all_late = (f"no result: the verifiers of one step took {MOST_SECONDS:g} s, and other ranks "
+                "wait for them; ask more --judges at once")
     outcomes, deadlines = {}, {}                      # by the number of the call
 
     def run(i):
@@ -97,14 +102,21 @@ def at_once(calls, most, seconds):
     while waiting or deadlines:
         while waiting and len(deadlines) < most:
             i = waiting.popleft()
-            deadlines[i] = time.monotonic() + seconds
+            now = time.monotonic()
+            if now >= end:
+                outcomes[i] = TimeoutError(all_late)
+                continue
+            deadlines[i] = min(now + seconds, end)
             Thread(target=run, args=(i,), daemon=True).start()
+        if not deadlines:
+            break
         try:
             first = min(deadlines.values())           # until a call ends, or is late
             i, outcome = done.get(timeout=max(0.0, first - time.monotonic()))
         except Empty:
             i = min(deadlines, key=deadlines.get)
-            outcome = TimeoutError(f"no result within {seconds:g} s (judge_seconds)")
+            late = f"no result within {seconds:g} s (judge_seconds)"
+            outcome = TimeoutError(all_late if time.monotonic() >= end else late)
         if deadlines.pop(i, None):                    # None: it was late, and is known to be
             outcomes[i] = outcome
     return [outcomes[i] for i in range(len(calls))]

@@ -270,7 +270,9 @@ def main():
     replies, sys.stdout = sys.stdout, sys.stderr                 # what a library prints is no reply
     logging.disable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)                 # Ctrl-C ends the run, that ends us
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    _, allowed = resource.getrlimit(resource.RLIMIT_AS)
+    most = MOST_MEMORY if allowed == resource.RLIM_INFINITY else min(MOST_MEMORY, allowed)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     for line in sys.stdin:
         domain, *question = json.loads(line)
         try:

@@ -192,12 +192,12 @@ def deal_groups(tokens, ranks):
     return destination, max(loads) * ranks.dp / sum(loads)
 
 
-def send_groups(groups, destination, ranks, fetch, keep):
+def send_groups(groups, destination, ranks, fetch, store):
     """Send groups from the dp groups that rolled them out, slot % dp, to those that train on them.
 
     groups: this rank's; destination: {slot: dp group}, equal on all ranks; fetch(prompts) -> with
-    their vision tokens; keep(prompt) is called with each prompt that arrives, -> what stays in its
-    group. Sp rank s sends to sp rank s, one group after another: vision tokens, which may be
+    their vision tokens; store(group) is called with each group that arrives, -> the group as it
+    stays. Sp rank s sends to sp rank s, one group after another: vision tokens, which may be
     gigabytes, as they are, and the rest as an object. -> groups to train on here, by slot
     """
     here = {group.slot: group for group in groups}
@@ -219,8 +219,8 @@ def send_groups(groups, destination, ranks, fetch, keep):
             dist.recv_object_list(box, peer, use_batch=True)
             vision = torch.empty_like(box[0].prompt.vision, device=ranks.device)
             transfer(dist.irecv, vision, peer)
-            prompt = keep(replace(box[0].prompt, vision=vision.cpu()))
-            mine.append(replace(box[0], prompt=prompt))
+            prompt = replace(box[0].prompt, vision=vision.cpu())
+            mine.append(store(replace(box[0], prompt=prompt)))
     return mine
 
 

@@ -3,6 +3,7 @@
 Micro-batches: which groups make a forward, and that the size of a forward changes nothing.
 """
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +21,14 @@ from runs import (
     run_of,
     summed_gradient,
 )
+from small import film
+from tiny_families import KINDS, build
 
+import data
 import model as vlm
 from flow import Ranks
 from plumbing import batches
-from plumbing.batches import cut, group_length, micro_batches, own_shares, rank_share, split
+from plumbing.batches import cut, group_lengths, micro_batches, own_shares, rank_share, split
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +47,12 @@ def padded(batch):
 def test_micro_batches_keep_the_order_and_the_bound():
     items = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
     for most in (1, 5, 8, 12, 100):
-        found = list(cut(items, lambda x: x, most))
+        found = list(cut(items, lambda x: [x], most))
         assert sum(found, []) == items
         assert all(len(batch) == 1 or padded(batch) <= most for batch in found)
         for batch, after in zip(found, found[1:]):         # none could have taken one more
             assert padded(batch + after[:1]) > most
-    assert list(cut([], len, 5)) == []
+    assert list(cut([], lambda x: [x], 5)) == []
 
 
 @pytest.mark.method
@@ -56,9 +60,9 @@ def test_longest_first_no_order_has_fewer_micro_batches():
     """Every cut is the greedy one of some order."""
     for items in ([3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8], [1, 1, 1, 6, 6, 6]):
         for most in (1, 6, 9, 12, 16, 24, 60):
-            counts = [len(list(cut(order, lambda x: x, most)))
+            counts = [len(list(cut(order, lambda x: [x], most)))
                       for order in itertools.permutations(items)]
-            assert len(list(cut(sorted(items, reverse=True), lambda x: x, most))) == min(counts)
+            assert len(list(cut(sorted(items, reverse=True), lambda x: [x], most))) == min(counts)
 
 
 @pytest.mark.method
@@ -72,7 +76,7 @@ def test_each_group_is_in_one_micro_batch_whole(tiny):
         assert sorted(sum(names, [])) == [f"video {slot}" for slot in STEPS["all"]]
         assert all(batch == sorted(batch) for batch in names)
         by_key = {group.prompt.key: group for group in groups}
-        longest = [max(group_length(by_key[key]) for key in batch) for batch in names]
+        longest = [max(sum(group_lengths(by_key[key])) for key in batch) for batch in names]
         assert longest == sorted(longest, reverse=True)
         for batch, keys in zip(found, names):
             completions = [x for key in keys for x in by_key[key].completions]
@@ -82,6 +86,32 @@ def test_each_group_is_in_one_micro_batch_whole(tiny):
                 assert torch.equal(batch.old_logprobs[row, :n], x.logprobs)
                 assert torch.equal(batch.sampled[row, :n], x.sampled)
                 assert not batch.sampled[row, n:].any()    # what is padded carries no loss
+
+
+@pytest.mark.method
+def test_no_forward_has_more_positions_than_max_tokens(tiny, monkeypatch):
+    """A long film with short answers and a short film with long ones were one batch of nearly twice
+    max_tokens: prefixes and completions are padded apart, each to the longest of its kind."""
+    run, places = run_of(*tiny), []
+    forward = vlm.forward
+    monkeypatch.setattr(vlm, "forward", lambda model, attention, ids, *rest:
+                        places.append(ids.numel()) or forward(model, attention, ids, *rest))
+    long_prompt, long_answers = group_of(1, *tiny), group_of(2, *tiny)
+    end = long_prompt.prompt.ids[-1:]
+    long_prompt.prompt = vlm.make_prompt(*tiny, "Which" + " red" * 150, long_prompt.prompt.vision,
+                                         long_prompt.prompt.grids[0], 0.5)
+    for x in long_prompt.completions:
+        x.tokens, x.sampled, x.logprobs = x.tokens[:2], x.sampled[:2], x.logprobs[:2]
+    for x in long_answers.completions:
+        x.tokens = end.expand(40)
+        x.sampled, x.logprobs = torch.ones(40, dtype=torch.bool), torch.zeros(40)
+    groups = [long_prompt, long_answers, long_prompt, long_answers]
+    most = 2 * max(sum(group_lengths(group)) for group in groups)
+    for batch in micro_batches(groups, most, run):
+        vlm.logprobs(run.model, batch.prompts, batch.tokens, run.banned)
+    for batch in batches.taught_batches(groups, most, run):
+        vlm.logprobs(run.model, batch.prompts, batch.tokens, run.banned)
+    assert max(places) <= most and len(places) < 8
 
 
 @pytest.mark.method
@@ -95,11 +125,11 @@ def test_the_groups_of_a_step_are_split_as_even_as_can_be():
 def test_the_sp_ranks_share_out_each_group_and_with_stage_2_none_does(tiny):
     groups = [group_of(slot, *tiny) for slot in STEPS["even"]]
     for group in groups:
-        first, second = (rank_share(group, config(), Ranks(sp=2, sp_rank=rank)) for rank in (0, 1))
+        first, second = (rank_share(group, config(), rank, 2) for rank in (0, 1))
         assert first.completions + second.completions == group.completions
         assert torch.equal(torch.cat([first.advantages, second.advantages]), group.advantages)
         assert len(first.completions) == 2
-        assert rank_share(group, config(stage2=True), Ranks(sp=2, sp_rank=1)) is group
+        assert rank_share(group, config(stage2=True), 1, 2) is group
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,9 +157,12 @@ def test_the_gradient_of_a_step_does_not_depend_on_how_it_is_cut(tiny):
 
 
 @pytest.mark.method
-def test_a_weightless_batch_has_no_loss_and_no_gradient(tiny):
-    """A rank without groups left takes part in it, where parameters are sharded."""
-    model, tokenizer = tiny
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weightless_batch_has_no_loss_and_no_gradient(kind):
+    """A rank without groups left takes part in it, where parameters are sharded. Qwen3-VL's vision
+    tokens are wider: without that the batch was refused, and the run ended."""
+    model, tokenizer = build(kind)
+    model.model.visual.requires_grad_(False)
     run = run_of(model, tokenizer)
     sums = learn(run, [batches.weightless_group(run)], 1)
     assert sums == dict.fromkeys(sums, 0.0)
@@ -158,6 +191,28 @@ def test_the_size_of_a_forward_changes_nothing_while_the_tower_trains(files, tmp
         rows.append(metrics(out))
     close(rows[0][:1], rows[1][:1], 1e-5)
     close(*rows, 1e-3)
+
+
+# --------------------------------------------------------------------------------------------------
+# what the cold start teaches
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_control_token_in_a_thought_is_taught_as_letters(kind):
+    """A vision pad in a thought ended the run, since there were more pads than vision tokens, and a
+    banned token made the loss infinite. The tags stay what they are to each model."""
+    model, tokenizer = build(kind)
+    pad = tokenizer.convert_ids_to_tokens(vlm.vision_pad(model.config))
+    sample = data.Sample("", "", "red", "", "", f"It shows {pad} and <|im_start|> here.")
+    plain = replace(sample, thought="It shows blue and green here.")
+    prompt = vlm.make_prompt(model, tokenizer, "Which?", *vlm.encode_video(model, lambda: film(2),
+                                                                         ALONE))
+    texts = [data.taught_text(sample), data.taught_text(plain)]
+    odd, usual = batches.taught_groups(tokenizer, [(sample, prompt), (plain, prompt)], texts, [5])
+    tokens = odd.completions[0].tokens
+    assert not set(tokens.tolist()) & set(vlm.banned_ids(model, tokenizer).nonzero()[:, 0].tolist())
+    assert tokenizer.decode(tokens[:-1]) == texts[0]
+    right = tokenizer(texts[1], add_special_tokens=False).input_ids
+    assert usual.completions[0].tokens.tolist() == [*right, 5]
 
 
 # --------------------------------------------------------------------------------------------------

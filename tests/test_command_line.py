@@ -223,6 +223,11 @@ def test_a_command_that_cannot_work_ends_with_one_line(monkeypatch, tmp_path, pa
 @pytest.mark.parametrize("config", [train.Config, evaluate.Config])
 def test_the_ranks_compare_all_options_but_those_of_a_machine(config):
     c = config()
-    assert to_compare(c).keys() == asdict(c).keys() - OF_MACHINE
+    assert to_compare(c).keys() == asdict(c).keys() - OF_MACHINE | {"a cache_dir"}
     assert OF_MACHINE <= asdict(train.Config()).keys()
     assert to_compare(config(seed=3))["seed"] == 3
+    # The ranks that share a video look for it together. One that had it in its larger memory, or
+    # had no folder to look into, waited for ever for the others.
+    assert to_compare(config(cache_gb=1)) != to_compare(c)
+    assert to_compare(config(cache_dir="a")) == to_compare(config(cache_dir="b"))
+    assert to_compare(config(cache_dir="a")) != to_compare(c)

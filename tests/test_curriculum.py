@@ -438,6 +438,33 @@ def test_a_draw_of_a_million_questions_looks_at_few_of_them():
     assert len(looks) < 4.2 * SAMPLE + 1000
 
 
+def test_a_rare_tier_is_counted():
+    """Of 99,970 mastered questions and 30 that are half right the 30 were drawn no more often: the
+    sample was of 2,000, and had none of them."""
+    ids = [f"q{i}" for i in range(100_000)]
+    rare = random.Random(0).sample(ids, 30)
+    c = Curriculum(ids, 0, {id: (8, 8) for id in ids} | {id: (4, 8) for id in rare})
+    assert c.weights()[2] > 3 * c.weights()[4]
+    few = Curriculum(ids[:5000], 0, {id: (8, 8) for id in ids[:5000]})
+    assert few.census()[0] == [0, 0, 0, 0, 5000]
+
+
+def test_a_question_that_left_the_data_is_not_drawn_after_a_restart():
+    """It was still in the queue of the checkpoint, and the run ended with a KeyError. What was
+    dropped and has left, too, was counted against the questions that are in use."""
+    c = Curriculum(["a", "b", "c"], 0, {"a": (4, 8)})
+    c.draw(1)
+    for id in ("b", "c"):
+        c.drop(id, "too long")
+    c.update("c", 3, 8)
+    state = c.state_dict()
+    later = Curriculum(["a", "d"], 0)
+    later.load_state_dict(state)
+    assert later.rate("a") == c.rate("a")
+    assert sorted(later.draw(4)) == ["a", "a", "d", "d"]
+    assert sum(later.census()[0]) == 2 and c.state_dict() == state
+
+
 def test_a_tier_that_the_sample_misses_does_not_starve():
     """Of many questions all are mastered but one: it is drawn when it is met."""
     ids = [f"q{i}" for i in range(3 * SAMPLE)]

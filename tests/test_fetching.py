@@ -6,15 +6,30 @@ fetched again and again. This file, run as a script by torchrun, is what each ra
 import os
 import sys
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import alone, close, ended, flags, launched, metrics, question, write
+from runs import (
+    alone,
+    close,
+    ended,
+    flags,
+    launched,
+    metrics,
+    question,
+    run_of,
+    same,
+    write,
+)
+from small import film
+from tiny_families import build
 
 import model as vlm
 import train
-from plumbing.fetching import rounds
+from flow import Group
+from plumbing.fetching import rounds, store_received
 
 VIDEOS = 24                # questions, each about a video of its own
 STEP = dict(sft_steps=0, rl_steps=2, prompts_per_step=12, updates_per_rollout=1, oversample_cap=1,
@@ -28,14 +43,14 @@ class Watch:
         self.encoded, self.kept = [], []                   # videos
         self.alive, self.most = 0, 0
         self.largest = 0
-        self.encode_video, self.keep = vlm.encode_video, train.keep
+        self.encode_video, self.store = vlm.encode_video, train.store_received
 
     def __enter__(self):
-        vlm.encode_video, train.keep = self.watched_encode, self.watched_keep
+        vlm.encode_video, train.store_received = self.watched_encode, self.watched_store
         return self
 
     def __exit__(self, *_):
-        vlm.encode_video, train.keep = self.encode_video, self.keep
+        vlm.encode_video, train.store_received = self.encode_video, self.store
 
     def watched_encode(self, model, open_video, ranks):
         vision, *about = self.encode_video(model, open_video, ranks)
@@ -43,10 +58,10 @@ class Watch:
         self.count(vision)
         return vision, *about
 
-    def watched_keep(self, run, prompt):
-        self.kept.append(prompt.video)
-        self.count(prompt.vision)
-        return self.keep(run, prompt)
+    def watched_store(self, run, drawn, group):
+        self.kept.append(group.prompt.video)
+        self.count(group.prompt.vision)
+        return self.store(run, drawn, group)
 
     def count(self, vision):
         self.alive += vision.nbytes
@@ -75,6 +90,26 @@ def test_a_round_has_what_fits_in_memory_or_is_decoded_at_once():
     assert cut(4 * 8, 0) == cut(0, 8) == [[3], [0, 1], [2, 4, 5]]
     assert cut(4 * 13, 8) == cut(4 * 8, 13) == [[3, 0], [1, 2, 4, 5]]
     assert list(rounds([], prompts, 0, 0)) == []
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_tokens_of_a_group_that_was_sent_make_the_same_prompt(kind):
+    """What was stored lacked the number of frames. A later question about the same video then read
+    other times: "<7.5 seconds>" instead of "<6.8 seconds>" for the last frame of five. And a group
+    kept the path that its video has on the machine that sent it."""
+    model, tokenizer = build(kind)
+    run = run_of(model, tokenizer)
+    vision, *about = vlm.encode_video(model, lambda: film(5), train.Ranks())
+    prompt = vlm.make_prompt(model, tokenizer, "Where?", vision, *about, key="k")
+    theirs = train.data.Sample(**question(7, domain="count", video="/theirs/7.mp4"))
+    mine = replace(theirs, video="/mine/7.mp4")
+    sent = Group(0, theirs, replace(prompt, video=theirs.video))
+    stored = store_received(run, [mine], sent)
+    assert stored.sample == mine and stored.prompt.video == mine.video
+    assert stored.prompt.vision.is_meta and torch.equal(stored.prompt.ids, prompt.ids)
+    entry = run.cache.get("k", None)                       # is there, so nothing is encoded
+    again = vlm.make_prompt(model, tokenizer, "Where?", *entry, key="k")
+    assert same(vars(again), vars(prompt))
 
 
 def test_a_step_holds_no_more_than_the_cache_may(run, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 
 import rewards
 from flow import Reward, Sample
+from plumbing import judges, ranks
 from plumbing.judges import at_once, grade, load_verifier, load_verifiers
 
 GOOD = "<think>t</think><answer>7</answer>"
@@ -106,6 +107,21 @@ def test_a_late_call_does_not_take_the_place_of_a_later_one():
     calls = [after(0.3, n) if n % 3 == 0 else after(0.05, n) for n in range(12)]
     got = at_once(calls, 2, 0.2)
     assert [x for x in got if not isinstance(x, TimeoutError)] == [1, 2, 4, 5, 7, 8, 10, 11]
+
+
+def test_judges_that_all_hang_do_not_outlast_the_patience_of_other_ranks(monkeypatch):
+    """Each answer was given its judge_seconds, one round after another: 512 answers took over an
+    hour, and the ranks that waited for them ended the run after half an hour."""
+    assert judges.MOST_SECONDS < ranks.PATIENCE.total_seconds()
+    monkeypatch.setattr(judges, "MOST_SECONDS", 0.5)
+    begun = []
+    hang = [lambda n=n: begun.append(n) or time.sleep(30) for n in range(100)]
+    start = time.monotonic()
+    first, *others, last = at_once([after(0, 1), *hang], 2, 0.2)
+    assert time.monotonic() - start < 15
+    assert first == 1 and all(isinstance(x, TimeoutError) for x in [*others, last])
+    assert "judge_seconds" in str(others[0]) and "the verifiers of one step took 0.5 s" in str(last)
+    assert len(begun) < 20
 
 
 def test_a_judge_that_hangs_does_not_keep_the_program_from_ending():

@@ -696,6 +696,26 @@ def test_without_math_verify_a_formula_is_ungraded_and_the_remedy_named(tmp_path
     assert score(answering("5 cm"), "5", "math").accuracy == 1
 
 
+def test_a_formula_whose_process_fails_is_ungraded(monkeypatch):
+    """Where the process could not start, or was killed, every formula was graded as wrong."""
+    rewards.ask_worker.cache_clear()
+    monkeypatch.setattr(rewards, "WORKERS", {})
+    monkeypatch.setattr(rewards.sys, "executable", "/bin/false")
+    for _ in range(2):                                     # nothing of it is remembered
+        with pytest.raises(VerifierError, match="'math'.*math_worker.py ended with status 1"):
+            score(answering("\\sqrt{50}"), "5\\sqrt2", "math")
+
+
+def test_formulas_are_compared_under_a_limit_of_memory():
+    """`ulimit -v`: a process may not raise its own limit, so the one for formulas did not start."""
+    script = ("import resource, rewards; "
+              "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30)); "
+              "print(rewards.VERIFIERS['math']('0.5', '1/2'))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          timeout=120, cwd=Path(rewards.__file__).parent)
+    assert done.stdout == "1.0\n", done.stderr
+
+
 # --------------------------------------------------------------------------------------------------
 # verifiers of one's own
 

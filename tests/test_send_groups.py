@@ -22,7 +22,7 @@ from runs import (
 )
 
 import model as vlm
-from plumbing.batches import group_length
+from plumbing.batches import group_lengths
 from plumbing.ranks import deal_groups, gather, leave, send_groups, start
 
 LAYOUTS = {2: [(1, False)], 4: [(2, False), (2, True), (1, False)]}    # ranks: (sp, stage2)
@@ -43,9 +43,9 @@ def in_bfloat16(group):
     return replace(group, prompt=replace(group.prompt, vision=group.prompt.vision.bfloat16()))
 
 
-def same_prompt(prompt):
-    """These prompts hold their vision tokens: nothing is fetched or kept."""
-    return prompt
+def same_group(group):
+    """These prompts hold their vision tokens: nothing is fetched or stored."""
+    return group
 
 
 def dealt_step(slots, ranks, stage2, most):
@@ -55,13 +55,13 @@ def dealt_step(slots, ranks, stage2, most):
     model.model.visual.requires_grad_(False)
     run = run_of(model, tokenizer, ranks, stage2=stage2, max_tokens=most)
     groups = {slot: group_of(slot, model, tokenizer) for slot in slots}
-    tokens = {slot: group_length(group) for slot, group in groups.items()}
+    tokens = {slot: sum(group_lengths(group)) for slot, group in groups.items()}
     destination, _ = deal_groups(tokens, ranks)
     own = [groups[slot] for slot in slots if slot % ranks.dp == ranks.dp_rank]
-    mine = send_groups(own, destination, ranks, list, same_prompt)
+    mine = send_groups(own, destination, ranks, list, same_group)
     short = {slot: in_bfloat16(group) for slot, group in groups.items()}
     mine_short = send_groups(
-        [short[group.slot] for group in own], destination, ranks, list, same_prompt)
+        [short[group.slot] for group in own], destination, ranks, list, same_group)
     alike = unchanged(mine, groups) and unchanged(mine_short, short)
     sums = learn(run, mine, len(slots) * 4)
     before, after, alike = zip(*gather(
