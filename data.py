@@ -156,18 +156,14 @@ def make_prompts(run, samples, room):
     that cannot be read and a prompt that is too long are dropped, never replaced and never cut.
     The prompts hold no vision tokens: a step's videos may be more than fit in memory. See `fetch`.
     """
-    def key_or_error(sample):
-        try:
-            return video_key(run, sample.video)
-        except VideoError as e:
-            return e
-
-    # Fetch all keys in one exchange between the ranks: an exchange costs as much as encoding many
-    # frames.
-    keys = on_first(lambda: [key_or_error(sample) for sample in samples], run.ranks)
+    # One exchange between the ranks for all keys: it costs as much as encoding many frames.
+    keys, dropped = on_first(partial(video_keys, run, samples), run.ranks)
     most = run.config.vllm_length if run.config.rollout == "vllm" else None
-    prompts, dropped = [], {}
-    for sample, key in zip(samples, keys):
+    prompts = []
+    for sample in samples:
+        if sample.id in dropped:
+            continue
+        key = keys[sample.id]
         try:
             vision, *about = vision_tokens(run, sample.video, key)
             prompt = vlm.make_prompt(run.model, run.tokenizer, sample.question, vision, *about,
@@ -194,6 +190,17 @@ def fetch(run, prompts):
     return fetched
 
 
+def video_keys(run, samples):
+    """-> {id: `video_key` of the sample's video}, {id: why it cannot be read}"""
+    keys, unreadable = {}, {}
+    for sample in samples:
+        try:
+            keys[sample.id] = video_key(run, sample.video)
+        except VideoError as e:
+            unreadable[sample.id] = str(e)
+    return keys, unreadable
+
+
 def video_key(run, path):
     """The name of a video in the cache: its content, and how it is sampled, resized and encoded.
     Raises VideoError."""
@@ -205,17 +212,16 @@ def video_key(run, path):
 def vision_tokens(run, path, key):
     """The vision tokens of a video, from the cache or encoded now. -> as `model.encode_video`
 
-    key: its `video_key`, or the VideoError that came instead, which is raised on all sp ranks.
+    key: its `video_key`.
     """
-    if isinstance(key, VideoError):
-        raise key
     open_for_key = partial(open_unchanged, run, path, key)
     encode_now = partial(vlm.encode_video, run.model, open_for_key, run.ranks)
     return run.cache.get(key, encode_now, run.ranks)
 
 
 def open_unchanged(run, path, key):
-    """-> the `Video` whose `video_key` was key. Its read raises VideoError once it has another."""
+    """-> the `Video` that had this `video_key`. Its read raises VideoError if it has another by
+    then."""
     video = run.ahead.open(path, key) if run.ahead else open_video(path, run.config.frames)
     return refuse_changes(video, partial(video_key, run, path), key)
 

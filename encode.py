@@ -99,7 +99,7 @@ class Cache:
     a run, and once in all runs that share a folder.
 
     In the host's memory, so that a step of hundreds of videos takes no more of a GPU than one does.
-    At `most` bytes the least recently used go first; the last one used stays, however large it is.
+    Above `most` bytes the least recently used are removed; the newest stays, however large it is.
     With a folder also on disk (`plumbing.store.Disk`).
     """
 
@@ -117,9 +117,9 @@ class Cache:
     def key(self, tower, *what):
         """The name of an entry: a hash of the tower and of what it is given.
 
-        what: all that decides about the pixels (content, sampling, preprocessing), as JSON can
-        write it. The weights are hashed again only if they were written to: once a run, since the
-        tower is frozen.
+        what: everything that determines the pixels (content, sampling, preprocessing), of types
+        that JSON has. The weights are hashed again only if they were written to: once a run, since
+        the tower is frozen.
         """
         version = sum(parameter._version for parameter in tower.parameters())
         if tower is not self.tower or version != self.tower_version:

@@ -1,7 +1,6 @@
 """The data that flows through the method, in the order in which it is made:
 
-    Sample --> Video --> Prompt --> Group of G Completions --> Rewards --> advantages --> loss
-"""
+    Sample --> Video --> Prompt --> Group of G Completions --> Rewards --> advantages --> loss"""
 from dataclasses import dataclass
 from typing import Callable
 

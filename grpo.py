@@ -8,7 +8,7 @@ papers' versions, and why:
 2. The entropy bonus. In GLM's runs it led to garbled text and then to collapse. Exploration is kept
    alive by raising only the upper clip bound (clip-higher).
 3. The dual clip and the clamps on log-ratios. The clip is the trust region. With a sampler whose
-   log-probs are exact, nothing else is needed.
+   log-probs are those of the trainer, but for rounding, nothing else is needed.
 4. The forward pass of the old policy. The old log-probs are the sampler's. That saves one forward,
    and the ratio corrects both staleness and any difference between sampler and trainer.
 5. The critic, as in every GRPO: the mean of the group is the baseline.

@@ -8,8 +8,8 @@ The vision-language model as plain steps:
     logprobs        log-probs of G completions over one shared prefix, in one packed sequence
 
 The weights and the layers are those of Hugging Face transformers. These steps are ours, because
-here video RL goes wrong without an error: other positions in the sampler than in the trainer,
-vision tokens that are cut off, pads that are sampled as text.
+mistakes in them raise no error: other positions in the sampler than in the trainer, vision tokens
+that are cut off, pads that are sampled as text.
 """
 import math
 
@@ -60,7 +60,7 @@ def patchify(frames, px, size=None):
 
 class VideoPatches:
     """The patches of a video. `encode.encode` opens it, since there an error that one rank meets is
-    raised on all sp ranks: none waits for the others for ever."""
+    raised on all sp ranks, so that no rank hangs."""
 
     def __init__(self, open_video, px):
         self.open_video = open_video                       # () -> `Video`

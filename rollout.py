@@ -98,10 +98,10 @@ class Writing:
             token = self.append_forced()
         else:
             self.append_sampled(token)
-        # An answer ends with its budget; a thought does where no answer is forced.
-        can_end = not self.rules.forces_answer if self.thinking else not self.pending_ids
-        if self.budget == 0 and can_end and not self.done:
-            self.done = self.truncated = True
+        if self.budget == 0 and not self.done:
+            unanswered = self.thinking and not self.rules.forces_answer
+            cut_off = not self.thinking and not self.pending_ids
+            self.done = self.truncated = unanswered or cut_off
         return token
 
     def think(self, token, text):

@@ -5,9 +5,9 @@ Teach a vision-language model to reason about long videos. One script, from one 
   your own videos     the same with --data=my.jsonl --out_dir=out-my; docs/data.md
   GPU boxes           one command per model in docs/gpu.md
 
-Two stages, as in the papers: cold start (it learns to write its thinking down, from a teacher),
-then RL (its own answers are verified, and what was right is reinforced). Before these, a randomly
-initialised model learns to see. Started again with the same out_dir, a run resumes.
+Two stages, as in the papers: cold start (the model learns from a teacher to write its thinking
+down), then RL (its own answers are verified, and what was right is reinforced). Before these, a
+randomly initialised model learns to see. Started again with the same out_dir, a run resumes.
 """
 import gc
 import sys
@@ -92,7 +92,7 @@ class Config:
     tiers: bool = True             # draw questions that are half right more often than others
     mixture: str = ""              # "count:2,open:1": draw domains in these proportions
     grades: str = ""               # a grades.jsonl: how hard each question is before training
-    updates_per_rollout: int = 2   # updates per RL step, on disjoint groups; 1: the clip never acts
+    updates_per_rollout: int = 2   # updates per RL step, on disjoint groups; 1: nothing to clip
     think_budget: int = 96         # tokens; then </think><answer> is forced; 0: no thinking at all
     answer_budget: int = 16        # tokens after that
     force_answer: bool = True      # false: a completion that thinks too long ends unanswered
@@ -133,8 +133,8 @@ def reinforce(run, stage, by_id, held_out):
     for step in stage:
         clock, meter = Clock(), Meter()
 
-        # 1. Draw. More questions than we train on, since some groups will teach nothing: how many
-        #    more, the last steps tell (RLCS). Question i of all belongs to dp group i % dp.
+        # 1. Draw. More questions than we train on, since some groups will teach nothing; recent
+        #    steps decide how many more (RLCS). Dp group r takes questions r, r + dp, r + 2 dp, ...
         asked = curriculum.expanded(c.prompts_per_step, batches.draw_multiple(c, ranks))
         drawn = [by_id[id] for id in curriculum.draw(asked)]
         recording = stage.recording(step, drawn)           # for out/rollouts.jsonl

@@ -119,5 +119,6 @@ def warmed_up(n, warmup):
 
 
 def falling(step, steps):
-    """The factor of the learning rate that falls linearly to a tenth over the steps of a stage."""
+    """The factor of the learning rate: over the steps of a stage it falls linearly towards 0, but
+    not below a tenth."""
     return max(0.1, 1 - step / steps)

@@ -300,8 +300,9 @@ def on_first(work, ranks):
 
 
 def explain(error):
-    """-> (what an error of the machine means and what to do, whether another rank caused it); None
-    if the error is a bug."""
+    """-> (what is wrong and what to do, whether another rank caused it); None if it is a bug."""
+    if isinstance(error, (ValueError, OSError)):           # bad input: its message says both
+        return str(error), False
     text = " ".join(str(error).split())
     out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if out_of_memory or "out of memory" in text or "can't allocate memory" in text:
@@ -322,15 +323,16 @@ def run_command(name, main):
     try:
         main()
     except (ValueError, OSError, RuntimeError, MemoryError) as e:
-        if isinstance(e, (ValueError, OSError)):
-            line, another_rank = str(e), False
-        elif explanation := explain(e):
-            line, another_rank = explanation
-        else:
+        explanation = explain(e)
+        if not explanation:
             raise
+        line, another_rank = explanation
         # torchrun ends all ranks when the first one ends. So a rank that knows the cause ends
         # first; if several do, only the first of each machine prints it.
-        time.sleep(5 * ((os.environ.get("LOCAL_RANK", "0") != "0") + another_rank))
+        if another_rank:
+            time.sleep(5)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)
         print(file=sys.stderr)                             # below the progress bar
         if dist.is_initialized():
             print(f"{name}: {line}", file=sys.stderr, flush=True)
@@ -375,10 +377,7 @@ def spawned(rank, n, port, results, work, arguments):
         if rank == 0:
             results.put((result, ""))
     except (ValueError, OSError, RuntimeError, MemoryError) as e:
-        if isinstance(e, (ValueError, OSError)):
-            line, another_rank = str(e), False
-        else:
-            line, another_rank = explain(e) or ("", False)
+        line, another_rank = explain(e) or ("", False)
         if not line or another_rank:                       # a bug, or another rank knows more
             raise
         results.put((None, line))

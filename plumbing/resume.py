@@ -30,8 +30,8 @@ def newest(out_dir):
 
 
 def find(out_dir, ranks):
-    """`newest`. Raises ValueError unless all ranks find the same. What a run that was killed while
-    it saved has left is removed."""
+    """`newest`. Raises ValueError unless all ranks find the same. Removes what a run that was
+    killed while it saved has left."""
     if ranks.rank == 0:
         remove_unfinished(out_dir)
     found = newest(out_dir)

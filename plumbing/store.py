@@ -291,8 +291,9 @@ class Ahead:
         """As open_video(path, frames), which a thread may have called already. What it read is
         used only if its content is `name`.
 
-        Frames that waited are of the size that `start` was told; others, and the `Video`'s height
-        and width, are of the video's own. `model.patchify` gives the same patches of both.
+        Frames that waited have the size that `start` was told. All others have the video's own,
+        which is also the `Video`'s height and width. `model.patchify` gives the same patches of
+        both.
         """
         if path not in self.readings:
             return self.open_video(path, self.frames)
