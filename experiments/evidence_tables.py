@@ -261,7 +261,7 @@ def draw(results, path):
     axis.set_xticks(ticks, ticks)
     axis.set(xlim=(-FARTHEST, FARTHEST), ylim=(len(labels) - 0.3, -0.7),
              xlabel="difference and 95% interval, in smallest differences worth claiming; "
-                    "right: as claimed")
+                    "right: as claimed (a claim of equality: inside the grey band)")
     for said, colour in COLOURS.items():
         axis.plot([], [], "o-", color=colour, label=said)
     axis.legend(fontsize=8, frameon=False, loc="lower left")
