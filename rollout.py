@@ -23,6 +23,7 @@ from flow import Completion, Ranks
 from plumbing.batches import cut, own_shares
 from plumbing.command_line import check_choice, check_range, parse
 from plumbing.families import decode, tokenize
+from plumbing.progress import Screen
 from plumbing.ranks import gather_sp, run_command, start
 from plumbing.sharding import gathered
 from plumbing.streams import uniform
@@ -250,9 +251,9 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     (None: the completion ends there, truncated). Then answer_budget tokens may be sampled. Where a
     thought would end before think_least tokens WAIT_TEXT is written (budget forcing of s1, arXiv
     2501.19393). What is written is tokenized by itself and marked as not sampled.
-    keys: N lists of G keys for `plumbing.streams`, one a completion; watch(text), if given, gets
-    each new piece of the first completion; banned: bool [vocabulary], None: `model.banned_ids`;
-    ranks: their sp ranks share this prefill.
+    keys: N lists of G keys for `plumbing.streams`, one a completion; watch(writing), if given, is
+    called at each step with the first completion's `Writing`; banned: bool [vocabulary], None:
+    `model.banned_ids`; ranks: their sp ranks share this prefill.
     """
     G, device = len(keys[0]), model.device
     steps = room(tokenizer, think_budget, answer_budget, forced)
@@ -268,18 +269,14 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     attention, hidden, first = prefill(model, prompts, G, steps, ranks)
     active = writings                                      # M of them, those that are decoded
     rows = torch.arange(len(writings), device=device)      # [M], their places among all
-    shown = 0                                              # characters that watch has got
     for step in range(steps):
         logp = vlm.token_distribution(model, hidden, banned)                   # [M, vocabulary]
         picked = pick_tokens(logp, None if greedy else numbers[rows, step])
         written = [w.write(token, text_of(token)) for w, token in zip(active, picked.tolist())]
         tokens = torch.tensor(written, device=device)                          # [M]
         logprobs[rows, step] = logp.gather(1, tokens[:, None])[:, 0]
-        if watch and len(writings[0].tokens) == step + 1:
-            text = decode(tokenizer, writings[0].tokens, stops)
-            if len(text) > shown and (text[-1] != "\ufffd" or writings[0].done):
-                watch(text[shown:])                        # no letter before all of its tokens
-                shown = len(text)
+        if watch:
+            watch(writings[0])
         unfinished = [i for i, w in enumerate(active) if not w.done]
         if not unfinished:
             break
@@ -386,9 +383,9 @@ def main():
     vlm.check_length(model, prompt, room(tokenizer, **how))
 
     print(f"{c.video}: {t} x {h} x {w} patches, {len(vision)} vision tokens\n{c.question}\n")
-    show, keys = partial(print, end="", flush=True), [[("ask", c.sample)]]
-    [[completion]] = sample(
-        model, tokenizer, [prompt], keys, greedy=c.sample < 0, watch=show, **how)
+    screen = Screen(partial(decode, tokenizer, stops=vlm.stop_ids(model, tokenizer)))
+    [[completion]] = sample(model, tokenizer, [prompt], [[("ask", c.sample)]],
+                            greedy=c.sample < 0, watch=screen.show, **how)
     forced = "; thinking budget ran out: answer forced" if completion.forced else ""
     truncated = "; answer budget ran out" if completion.truncated else ""
     print(f"\n\n{len(completion.tokens)} tokens{forced}{truncated}")

@@ -1,6 +1,6 @@
 """
-What a run says while it goes: what is still to do, each step and about how long the others will
-take, and at the end what to look at next.
+What a command says while it runs: a completion as it is written; of a training run what is still
+to do, each step and about how long the others will take, and at the end what to look at next.
 """
 import json
 import os
@@ -65,6 +65,27 @@ def plan(c, ranks, progress, taught):
 
 # --------------------------------------------------------------------------------------------------
 # meanwhile
+
+def write_now(text):
+    print(text, end="", flush=True)
+
+
+class Screen:
+    """Shows a completion while it is being written."""
+
+    def __init__(self, text_of, write=write_now):
+        """text_of(tokens) -> text; write(text) is called with each new piece."""
+        self.text_of = text_of
+        self.write = write
+        self.shown = 0                                     # characters
+
+    def show(self, writing):
+        """writing: `rollout.Writing`. No letter is shown before all of its tokens are there."""
+        text = self.text_of(writing.tokens)
+        if len(text) > self.shown and (text[-1] != "\ufffd" or writing.done):
+            self.write(text[self.shown:])
+            self.shown = len(text)
+
 
 class Report:
     """Tells of a stage's steps, on rank 0: in a progress bar on a terminal, and in lines, one for

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ import rewards
 import rollout
 import toy
 from flow import Ranks
+from plumbing import families
+from plumbing.progress import Screen
 from plumbing.ranks import start
 
 pytestmark = pytest.mark.method
@@ -766,14 +769,22 @@ def test_a_completion_is_written_by_its_rules(picked, limits, written, forced, t
 # --------------------------------------------------------------------------------------------------
 # watching
 
+def screen(tiny):
+    """-> the pieces of text that a `Screen` prints, and what sample is given to watch"""
+    model, tokenizer = tiny
+    seen = []
+    text_of = partial(families.decode, tokenizer, stops=vlm.stop_ids(model, tokenizer))
+    return seen, Screen(text_of, seen.append).show
+
+
 @pytest.mark.parametrize("row, think", [
     (["so", "</", "think", ">", "<", "answer", ">", "red", "</", "answer", ">", "<|im_end|>"], 20),
     (["so", "the"], 2), (["<|im_end|>"], 9), ([], 0)],
     ids=["ends", "forced", "no text", "cannot think"])
 def test_the_watched_pieces_are_the_text(tiny, prompts, monkeypatch, row, think):
     """Of the first completion alone, which ends before the second, and piece by piece."""
-    seen = []
-    x, other = play(monkeypatch, tiny, prompts, [row, WORDS], think, 9, watch=seen.append)
+    seen, watch = screen(tiny)
+    x, other = play(monkeypatch, tiny, prompts, [row, WORDS], think, 9, watch=watch)
     ended = row[-1:] == ["<|im_end|>"]
     assert "".join(seen) == x.text and len(seen) == len(x.tokens) - ended
     assert len(other.tokens) >= len(x.tokens)
@@ -783,15 +794,16 @@ def test_letters_of_several_bytes_are_watched_whole(tiny, prompts, monkeypatch):
     """A letter may be cut into tokens that are no text by themselves: the first version showed one
     "\\ufffd" for each."""
     _, tokenizer = tiny
-    seen, snow = [], tokenizer.convert_ids_to_tokens(forced_ids(tokenizer, "ein Käfer, 雪"))
+    seen, watch = screen(tiny)
+    snow = tokenizer.convert_ids_to_tokens(forced_ids(tokenizer, "ein Käfer, 雪"))
     assert len(snow) > 8
     row = [*snow, "so", "<|im_end|>"]
-    [x] = play(monkeypatch, tiny, prompts, [row], 40, 9, watch=seen.append)
+    [x] = play(monkeypatch, tiny, prompts, [row], 40, 9, watch=watch)
     assert x.text == "ein Käfer, 雪so"
     assert "".join(seen) == x.text
-    seen.clear()
+    seen, watch = screen(tiny)
     row = [*snow[:-1], "<|im_end|>"]
-    [x] = play(monkeypatch, tiny, prompts, [row], 40, 9, watch=seen.append)
+    [x] = play(monkeypatch, tiny, prompts, [row], 40, 9, watch=watch)
     assert x.text.startswith("ein Käfer, \ufffd")
     assert "".join(seen) == x.text, "half a letter at the very end is shown too"
 
