@@ -313,16 +313,21 @@ def packets_from(film, container, stream, number):
     if number == film.first:
         yield from islice(packets, number, None)
         return
-    places = film.packets.pos
+    known = film.packets
     if film.kind in BY_PLACE:
-        container.seek(int(places[number]), stream=stream, unsupported_byte_offset=True)
+        container.seek(int(known.pos[number]), stream=stream, unsupported_byte_offset=True)
     elif film.kind == "avi":
-        container.seek(int(film.packets.dts[number]), stream=stream)
+        container.seek(int(known.dts[number]), stream=stream)
     else:
-        container.seek(int(film.packets.pts[number]), stream=stream)
-    packets = dropwhile(lambda packet: packet.pos != places[number], packets)
-    for packet, place in zip(packets, places[number:]):
-        if packet.pos != place:
+        container.seek(int(known.pts[number]), stream=stream)
+
+    def is_packet(packet, n):              # the n-th; in asf many small ones share a place
+        same_time = film.kind in BY_PLACE or packet.pts in (None, known.pts[n])
+        return same_time and packet.pos == known.pos[n]
+
+    packets = dropwhile(lambda packet: not is_packet(packet, number), packets)
+    for n, packet in enumerate(packets, number):
+        if n == len(known.pos) or not is_packet(packet, n):
             return
         yield packet
 

@@ -103,6 +103,20 @@ def test_frames_far_apart_are_reached_by_seeks(tmp_path, monkeypatch, name, how)
     assert len(decoded) < 20 or name == "open.avi"
 
 
+@pytest.mark.parametrize("codec, how", [
+    ("mjpeg", dict(pix_fmt="yuvj420p", b="20000")), ("wmv2", dict(g="12", b="20000"))])
+def test_small_frames_of_an_asf_share_their_place(tmp_path, codec, how):
+    """A seek took the first frame of the place for the one that was wanted: frame 47 was 42."""
+    frames = [np.full((H, W, 3), 30, np.uint8) for _ in range(60)]
+    for i, frame in enumerate(frames):
+        frame[i % (H - 8):i % (H - 8) + 8, i % (W - 8):i % (W - 8) + 8] = 255, 4 * i, 0
+    path = clip(tmp_path / "a.asf", codec=codec, pts=range(60), frames=frames, **how)
+    with av.open(path) as film:
+        places = [packet.pos for packet in film.demux(film.streams.video[0]) if packet.size]
+    assert len(set(places)) < len(places) == 60
+    reads_alike(path, 60)
+
+
 # --------------------------------------------------------------------------------------------------
 # packets and frames that do not agree
 
