@@ -77,12 +77,39 @@ NUMERALS = (r"plus|minus|less|tens|ones|twos|perhaps|halves|thirds|quarters|doze
             r"|thousands|[a-z]+illions|(?!months\b)[a-z]+ths")
 PLURAL = re.compile(rf"(?!(?:{NUMERALS})\b)[a-z]{{3,}}(?<!s)s", re.IGNORECASE)
 
+# What may stand before "=": words, letters with subscripts, functions of something.
+FUNCTION = "sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi"
+COMMANDS = "|".join("""alpha beta gamma delta epsilon varepsilon zeta eta theta lambda nu xi rho
+    sigma tau phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell
+    overline overrightarrow overset frown widehat hat bar vec tilde dot mathcal mathbb operatorname
+    frac binom cdot times circ lfloor rfloor lceil rceil det dim deg gcd max min arg lim sum prod
+    int Pr quad""".split())
+NAME_PIECE = re.compile(
+    rf"\\?(?:{FUNCTION}|angle|triangle)(?![a-zA-Z])(?:_\w*)? ?[\d.]*"  # \log_2 8, \angle 1
+    rf"|\\(?:{COMMANDS})(?![a-zA-Z])|[∠△√] ?\d*"
+    r"|[^\W\d_]\w*(?:[.'%]|! )?|[ _:'·×]")                              # x_1, No. of, "n! ="
+ARGUMENT = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|\\?\{[^{}]*\}")             # of f(2), x_{1}
+PROBABILITY = re.compile(r"\bPr?\([^()]*\)")                            # P(A or B)
+NO_NAME = re.compile(r"\b(?:or|and|but|not|cannot|never|if|unless|else|is|are|maybe|perhaps|either"
+                     r"|neither|nor|mod)\b|n't\b", re.IGNORECASE)
+
+
+def is_name(text):
+    r"""True for a name of the value after "=": "x_1", "f(2)", "\angle ABC", "Area". Words that deny
+    it or give another ("x \not", "x is 4 or y") are none: any value could follow them."""
+    if NO_NAME.search(PROBABILITY.sub("", text)):
+        return False
+    for _ in range(3):                                           # brackets in brackets
+        text = ARGUMENT.sub("", text)
+    return not NAME_PIECE.sub("", text)
+
 
 def parts(text):
     """("x", "3", "km") of "x = 3 km": the name, what it equals, and the unit; "" if it has none."""
     text = " ".join(re.sub(r" *(?:\^ *\{? *\\circ *\}?|°)", " degree ", text).split())
     name, unit = "", ""
-    if named := re.fullmatch(r"([a-zA-Z\\∠][^=<>+*/^-]{0,40})= ?([^=<>]*)", text):
+    named = re.fullmatch(r"([a-zA-Z\\∠][^=<>+*/^-]{0,40})= ?([^=<>]*)", text)
+    if named and is_name(named[1]):
         name, text = named.groups()
     if currency := re.match(r"([+-]?) ?([$€£¥₹])", text):
         unit = currency[2]
@@ -144,7 +171,6 @@ def decimal(digits):
 # formulas
 
 # Other ways to write what math-verify reads: pattern, LaTeX; in this order.
-FUNCTION = "sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi"
 LATEX = (
     (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"√\s*(\d+|\w)", r"\\sqrt{\1}"),
     (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),

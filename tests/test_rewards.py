@@ -188,7 +188,18 @@ CASES = {
         ("inf", "7", 0), ("between 0 and 10", "7", 0), ("about 7", "7", 0), ("10²", "102", 0),
         ("", "", 0), ("", "0", 0), ("7 or more", "7", 0),
         ("a velocity very close to the speed of light", "0.999 c", 0), ("1" * 20000, "1", 0),
-        ("7" + " " * 20000, "7", 1)],
+        ("7" + " " * 20000, "7", 1),
+        # What stands before "=" is a name. It was any text, even one that denies the value.
+        *[(text, "5", 0) for text in (
+            "x != 5", "x \\not= 5", "not x = 5", "x is not = 5", "maybe 4, x = 5",
+            "Either 3, 4 or else x = 5", "x is 4 or y = 5", "three or x = 5", "x \\neq 4, x = 5",
+            "a: 3, b = 5", "x: 3; y = 5", "x? 4. x = 5", "x | 4 | x = 5", "x mod 7 = 5",
+            "x 4 = 5", "x (not) = 5", "i != 5", "\\theta \\neq 4, \\theta = 5", "x ~= 5")],
+        *[(text, "5", 1) for text in (
+            "x_1 = 5", "x_{1} = 5", "f(g(2)) = 5", "P(A or B) = 5", "P(A \\cap B) = 5", "f'(2) = 5",
+            "\\angle 1 = 5", "\\frac{10}{2} = 5", "\\log_2 32 = 5", "\\sin 30° = 5", "n! = 5",
+            "No. of birds = 5", "Area of triangle ABC = 5", "AB \\cdot CD = 5", "∠ABC = 5",
+            "\\max\\{a,b\\} = 5", "\\operatorname{lcm}(5,1) = 5", "S_{\\triangle ABC} = 5")]],
     "chart": [
         ("100", "100", 1), ("101", "100", 1), ("102.5", "100", 1), ("97.5", "100", 1),
         ("41", "40", 1), ("-101", "-100", 1), ("1,010", "1000", 1), ("1e3", "1,010", 1),
