@@ -203,8 +203,7 @@ def verify_chart(predicted, answer):
     percent sign may be on the axis; 0.25 is 25% as well. A scale is not: 45 is not 45 million."""
     if verify_open(predicted, answer) or not re.search(r"\d", answer):
         return verify_open(predicted, answer)
-    tolerance = "0" if re.fullmatch(r"19\d\d|20\d\d|2100", unwrap(answer)) else "0.025"
-    return float(ask_worker("chart", unwrap(predicted), unwrap(answer), tolerance))
+    return float(ask_worker("chart", unwrap(predicted), unwrap(answer), "0.025"))
 
 
 def verify_ocr(predicted, answer):
