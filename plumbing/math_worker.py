@@ -29,7 +29,7 @@ PRECISION = 20_000        # digits: whole numbers, and powers such as 10^9999, a
 # Other ways to write a text: pattern, one spelling; in this order.
 SPELLINGS = (
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle)(?![a-zA-Z])", ""),
-    (r"(?<=\d)(?:\\[,!]|,\\!|\{,\}|[\u2009\u202f])(?=\d{3}(?!\d))", ","),         # 1{,}234, 1\,234
+    (r"(?<=\d)(?:\\[,!]|,\\!|\{,\})(?=\d{3}(?!\d))", ","),                        # 1\,234
     (r"(?<!\\)\\!", ""), (r"(?<!\\)\\[,;: ]|~(?= ?[a-zA-Z\\])", " "),               # LaTeX's spaces
     (r"(?<!\\)\\([%$#&_])", r"\1"),
     (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"), (r"\\(?:tfrac|dfrac|cfrac)", r"\\frac"),
