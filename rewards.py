@@ -121,14 +121,14 @@ def unwrap(text):
 
 def verify_choice(predicted, answer):
     """The same letter, alone or before its option's text: "B", "(b)", "B. right". The letter comes
-    first, with a mark after it. The next option too, or a letter as all of the text, is wrong."""
+    first, with a mark after it. The next option too, or letters as all of the text, are wrong."""
     option = re.compile(r"[(\[【]? ?([A-Za-z])(?: ?([)\]】.:、]+| [-—] )(.*))?")
     predicted, gold = option.fullmatch(unwrap(predicted)), option.fullmatch(unwrap(answer))
     if not (predicted and gold and predicted[1].upper() == gold[1].upper()):
         return 0.0
     letter, mark, text = predicted.groups(default="")
     # Another letter is all of the text, or each word of it: "A. C", "A) or C)", "A. C. D.".
-    lone_letter = re.fullmatch(r"\W*(?:(?:and|or) )?\W*[A-Za-z](?![+#-])\W*", text)
+    lone_letter = re.fullmatch(r"(?:\W*(?:and|or) )?\W*[A-Za-z](?![+#-])\W*", text)
     listed = text and all(re.fullmatch(rf"\W*[A-H]{re.escape(mark)}", c) for c in text.split())
     # Options are copied in their order, all marked alike. Another letter is someone's initial.
     copy = re.escape(chr(ord(letter) + 1) + mark[:1])

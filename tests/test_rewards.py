@@ -682,6 +682,7 @@ def test_the_worst_answer_of_10000_characters_is_graded_in_a_tenth_of_a_second(d
               "<ref>", "<box>", '{"bbox', "between 1 and ", "0:12-", "100,", ".5", "%", "~", "''",
               "(1,2),(3,4)", "\\frac{1}{2}", "“", "B) ", "\u0300", "1e9", "e", "million ", "$5"]
     texts = [piece * (10_000 // len(piece)) for piece in pieces]
+    texts += ["B. " + "-" * 9_000 + "C1", "$5" + "\u2009" * 9_000, "5" + " or" * 3_000]
     for _ in range(20):
         some = [r.choice(pieces) * r.choice((1, 3, 1000)) for _ in range(4)]
         texts.append(("".join(some) * 10_000)[:10_000])
