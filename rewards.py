@@ -48,6 +48,7 @@ def extract_answer(text):
         return None
     # The answer is in the only <answer> block. Without any such tag, a box is enough.
     tags = [response.count(tag) for tag in ("<answer>", "</answer>")]
+    response = re.sub(r"\\boxed +\{", r"\\boxed{", response)
     boxes = [response.count(mark) for mark in ("\\boxed{", "<|begin_of_box|>", "<|end_of_box|>")]
     if tags == [1, 1]:
         answer, closed, _ = response.split("<answer>")[1].partition("</answer>")
@@ -99,13 +100,14 @@ def ends_in_loop(text):
 
 WRAPPERS = (                  # what an answer is set in: pattern, what remains
     (r"```(?:\w*\n)?([^`]*)```|`([^`]*)`", r"\1\2"),
-    (r"(?<![\w)*])(\*\*|__|\*|_)(?=[^\s*_])([^*_]*)(?<=\S)\1(?![\w*])", r"\2"),
-    (r"(?<!\\)\$\$?([^$]*[^$\\])\$\$?|(?<!\\)\\[()\[\]]", r"\1"),        # $x$, \(x\)
+    (r"(?<![\w)*])(\*{1,3}|__|_)(?=[^\s*_])([^*_]*)(?<=\S)\1(?![\w*])", r"\2"),
+    (r"(?<!\\)\$\$?([^$]*[^$\\])\$\$?(?![$\d]|\.\d)|(?<!\\)\\[()\[\]]", r"\1"),    # not $3 to $4
     (r"\\(?:text\w*|math(?:rm|bf|it|sf)|[mf]?box|boxed|bm|boldsymbol) *\{([^{}]*)\}", r" \1"),
     (r"(?<!\\)\\([%$#&_])", r"\1"), (r"^\s*\{([^{}\":]*)\}\s*$", r"\1"),
     (r"^\s*[\"“”'‘«「『]([^\"“”'’»」』]*)[\"“”'’»」』]\.?\s*$", r"\1"))
 PLAIN = re.compile(r"[A-Za-z\d\s,.:;()\[\]+-]*", re.ASCII)         # no wrapper begins so
-FORMS = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans("。\u3000−–", ". --")   # Ｂ is B
+FORMS = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans("。\u3000−–‐‑‒﹣〜", ". ------~")
+THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|[\u2009\u202f])(?=\d{3}(?!\d))")     # 1{,}200, thin spaces
 
 
 def unwrap(text):
@@ -119,16 +121,21 @@ def unwrap(text):
 
 def verify_choice(predicted, answer):
     """The same letter, alone or before its option's text: "B", "(b)", "B. right". The letter comes
-    first, with a mark after it. The next option too, or a letter as all of the text, is wrong."""
+    first, with a mark after it. The next option too, or letters as all of the text, are wrong."""
     option = re.compile(r"[(\[【]? ?([A-Za-z])(?: ?([)\]】.:、]+| [-—] )(.*))?")
     predicted, gold = option.fullmatch(unwrap(predicted)), option.fullmatch(unwrap(answer))
-    if predicted is None or gold is None:
+    if not (predicted and gold and predicted[1].upper() == gold[1].upper()):
         return 0.0
     letter, mark, text = predicted.groups(default="")
+    # Another letter is all of the text, or each word of it: "A. C", "A) or C)", "A. C. D.".
+    lone_letter = re.fullmatch(r"(?:\W*(?:and|or) )?\W*[A-Za-z](?![+#-])\W*", text)
+    listed = text and all(re.fullmatch(rf"\W*[A-H]{re.escape(mark)}", c) for c in text.split())
     # Options are copied in their order, all marked alike. Another letter is someone's initial.
     copy = re.escape(chr(ord(letter) + 1) + mark[:1])
-    second = rf"\W*(?:[A-Za-z]\W*\Z|{copy})|.*[\s;,(\[]{copy}(?!(?<=\.)\Z|[A-Za-z]\.)"
-    return float(letter.upper() == gold[1].upper() and not re.match(second, text))
+    begins = re.match(rf"\W*{copy}", text)
+    after = r"(?:[\s;,(\[]|(?<!\b[A-Za-z])[./|、])"                  # "left/B.", but not "D.C."
+    contains = re.search(rf"{after}{copy}(?!(?<=\.)\Z|[A-Za-z]\.)", text)
+    return float(not (lone_letter or listed or begins or contains))
 
 
 def plain_number(text):
@@ -140,7 +147,7 @@ def plain_number(text):
 
 def verify_count(predicted, answer):
     """The same whole number in digits: "7", "07", "7.0", "1,200". Not "seven", not "7 birds"."""
-    value, gold = plain_number(unwrap(predicted)), plain_number(unwrap(answer))
+    value, gold = (plain_number(unwrap(THOUSANDS.sub(",", text))) for text in (predicted, answer))
     return float(value is not None and value == gold == value.to_integral())
 
 
@@ -148,7 +155,8 @@ def fold(text):
     """Text without case, punctuation and extra spaces: "A  Red-ball." -> "a red ball". Signs and
     symbols stay, since they change the meaning: "-3.5", "C++", "$100", "5 %"."""
     text = unicodedata.normalize("NFC", text.casefold())
-    text = re.sub(r"(?<!\w)-(?=[\d.])|(?<=\w)-(?!\s*\w)", "\u2212", text)    # no hyphen, but a sign
+    minus = r"(?:(?<!\w)-|^- )(?=[\d.$€£¥₹½⅓⅔¼¾∞])|(?<=\w)-(?!\s*\w)"    # not "- red", "red-ish"
+    text = re.sub(minus, "\u2212", text)
     text = re.sub(r"[.,:/](?!\d)|(?<!\d)[,:/]", " ", text)            # 3.5 and 1:30 keep theirs
     # Of Unicode's categories letters, their marks, numbers and symbols are kept.
     kept = [unicodedata.category(c)[0] in "LMNS" or c in ".,:/%#*@&" for c in text]
@@ -172,6 +180,7 @@ def ask_worker(domain, predicted, answer, tolerance):
     formula, so plumbing/math_worker.py asks it in another process, which ends itself at its time
     limit: the answer is wrong. Raises ValueError if math-verify is missing, or if the process ends
     for another reason: then the answer is not known to be wrong."""
+    predicted, answer = (unwrap(THOUSANDS.sub(",", text)) for text in (predicted, answer))
     if predicted == answer or len(predicted + answer) > LONGEST:
         return predicted == answer != ""
     with LOCK:                                        # threads ask one after another
@@ -195,7 +204,7 @@ def verify_math(predicted, answer):
     r"""The same value: 1/2, \frac{1}{2}, 0.5, 50% and 5e-1 are the same, and so are (x+1)^2 and
     x^2+2x+1. Whole numbers are equal, others within 1e-6. A unit or a name ("x = 5") may be left
     out, but not be another one. No number in words, no sentence around it."""
-    return float(ask_worker("math", unwrap(predicted), unwrap(answer), "1e-6"))
+    return float(ask_worker("math", predicted, answer, "1e-6"))
 
 
 def verify_chart(predicted, answer):
@@ -203,14 +212,12 @@ def verify_chart(predicted, answer):
     percent sign may be on the axis; 0.25 is 25% as well. A scale is not: 45 is not 45 million."""
     if verify_open(predicted, answer) or not re.search(r"\d", answer):
         return verify_open(predicted, answer)
-    tolerance = "0" if re.fullmatch(r"19\d\d|20\d\d|2100", unwrap(answer)) else "0.025"
-    return float(ask_worker("chart", unwrap(predicted), unwrap(answer), tolerance))
+    return float(ask_worker("chart", predicted, answer, "0.025"))
 
 
 def verify_ocr(predicted, answer):
     """1 - edit distance / length of the longer text; case counts, runs of spaces count as one."""
-    predicted = unicodedata.normalize("NFC", unwrap(predicted))
-    answer = unicodedata.normalize("NFC", unwrap(answer))
+    predicted, answer = (unicodedata.normalize("NFC", unwrap(text)) for text in (predicted, answer))
     longer = max(len(predicted), len(answer))
     if not predicted or not answer or longer > LONGEST:
         return float(predicted == answer != "")
@@ -228,8 +235,10 @@ def iou(a, b):
     return shared / (size(a) + size(b) - shared) if shared else 0.0
 
 
-CORNER = r"([+-]?\d{1,9}(?:\.\d{0,9})?) ?, ?([+-]?\d{1,9}(?:\.\d{0,9})?)"                # x, y
+DECIMAL = r"(?:\d{1,9}(?:\.\d{0,20})?|\.\d{1,20})"                                # 0.25, 3., .5
+CORNER = rf"([+-]?{DECIMAL}) ?, ?([+-]?{DECIMAL})"                                   # x, y
 BOX_FORMS = (                 # of Qwen and of JSON: pattern, what remains
+    (r"[\"']label[\"'] ?: ?(?:\"[^\"]*\"|'[^']*') ?,?", ""),
     (r"<\|object_ref_start\|>[^<>]*<\|object_ref_end\|>|<ref>[^<>]*</ref>", ""),
     (r"<\|box_(?:start|end)\|>|</?box>", " "),
     (rf"\( ?{CORNER} ?\) ?,? ?\( ?{CORNER} ?\)", r"[\1,\2,\3,\4]"),
@@ -251,9 +260,8 @@ def verify_grounding(predicted, answer):
     """Number of pairs of boxes with IoU above 0.5, divided by the larger number of boxes. The
     matching is maximum (augmenting paths): a greedy one could take another box's only partner."""
     predicted, gold = parse_boxes(predicted), parse_boxes(answer)
-    near = []                                         # the gold boxes near each predicted box
-    for box in predicted:
-        near.append([j for j in range(len(gold)) if iou(box, gold[j]) > 0.5])
+    # For each predicted box, the gold boxes near it.
+    near = [[j for j in range(len(gold)) if iou(box, gold[j]) > 0.5] for box in predicted]
     partner = {}                                      # gold box -> the predicted one of its pair
 
     def pair(i, tried):
@@ -276,8 +284,8 @@ def verify_time(predicted, answer):
         return sum(float(part) * 60 ** i for i, part in enumerate(reversed(time.split(":"))))
 
     unit = r"(?: ?(?:s|secs?|seconds?|秒))?"
-    clock = r"((?:\d{1,3}:[0-5]\d|\d{1,3}):[0-5]\d(?:\.\d{1,9})?|\d{1,9}(?:\.\d{0,9})?)" + unit
-    middle = r"(?(1) and | ?(?:-|—|~|to|until|→|-->|(?(2),|-)) ?)"    # (1): between; (2): a bracket
+    clock = r"((?:\d{1,3}:[0-5]\d|\d{1,3}):[0-5]\d(?:\.\d{1,20})?|" + DECIMAL + ")" + unit
+    middle = r"(?(1) and | ?(?:-|—|~|to|until|→|--?>|(?(2),|-)) ?)"    # (1): between; (2): bracket
     form = rf"(between )?([\[(] ?)?(?:from )?{clock}{middle}{clock}(?(2) ?[\])]{unit})\.?"
     interval = re.compile(form, re.IGNORECASE)
     predicted, gold = interval.fullmatch(unwrap(predicted)), interval.fullmatch(unwrap(answer))

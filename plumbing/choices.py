@@ -3,7 +3,7 @@ Lettered options: found in a question or appended to it, and the letter that an 
 """
 import math
 import re
-from string import ascii_uppercase
+from string import ascii_lowercase, ascii_uppercase
 
 # "A.", "A)", "A:" at the start or after a space, "(A)", "[A]" after any sign; full-width forms too.
 MARK = re.compile(r"(?:^|(?<=[\s*])|(?<!\w)(?=[(\[（][A-Za-z][)\]）]))"
@@ -26,7 +26,8 @@ class NoFit(ValueError):
 def find_options(question):
     """The options that a question lists. -> {letter as written: text}, {} if there are none
 
-    They are lettered in order from A. Only the first line of an option's text is kept.
+    They are lettered in order from A. Marks that begin a line come first: in "B. Ann C. Lee" the C
+    is an initial. Only the first line of an option's text is kept.
 
     >>> find_options("Which? (A) red (B) blue")
     {'A': 'red', 'B': 'blue'}
@@ -34,13 +35,22 @@ def find_options(question):
     marks = list(MARK.finditer(question))
     upper = [mark for mark in marks if mark[1].isupper()]
     lower = [mark for mark in marks if mark[1].islower()]
-    for candidates in (upper, lower, list(BARE.finditer(question))):
+    lines = [mark for mark in marks if begins_line(question, mark)]
+    if "".join(mark[1] for mark in lines) not in (ascii_uppercase[:len(lines)],
+                                                  ascii_lowercase[:len(lines)]):
+        lines = []                         # they are not A, B, C, ... without a gap
+    for candidates in (lines, upper, lower, list(BARE.finditer(question))):
         chain = in_order(candidates)
         if len(chain) > 1:
             ends = [mark.start() for mark in chain[1:]] + [len(question)]
             return {mark[1]: first_line(question[mark.end():end])
                     for mark, end in zip(chain, ends)}
     return {}
+
+
+def begins_line(question, mark):
+    before = question[:mark.start()].rpartition("\n")[2]
+    return not before.strip(" \t*-")
 
 
 def in_order(marks):
@@ -125,7 +135,7 @@ def append_options(question, options):
     listed = find_options(question)
     if len(listed) == len(options):
         texts = zip(listed.values(), options.values())
-        if all(same(first_line(text), first_line(other)) for text, other in texts):
+        if all(starts_with(first_line(text), first_line(other)) for text, other in texts):
             return question
     return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())])
 
@@ -135,6 +145,13 @@ def append_options(question, options):
 
 def same(a, b):
     return fold(a) == fold(b)
+
+
+def starts_with(text, answer):
+    """Whether a listed option's text is an answer, alone or as its first sentences: on the line of
+    the last option the question may go on, as in "C. green. Answer with a letter."."""
+    sentence = re.escape(fold(answer)) + r"(?:[.?!]\s|(?<=[?!])\s|。)"
+    return same(text, answer) or bool(re.match(sentence, fold(text)))
 
 
 def fold(text):
@@ -155,7 +172,7 @@ def letters_meant(answer, options, by_text=True):
         found.add(by_case[alone[1].upper()])
     if with_text and with_text[1].upper() in by_case:
         letter = by_case[with_text[1].upper()]
-        if same(with_text[3], options[letter]):
+        if starts_with(options[letter], with_text[3]):
             found.add(letter)
     if by_text:
         exact = [letter for letter, text in options.items() if text == answer]

@@ -15,12 +15,13 @@ import resource
 import signal
 import sys
 import unicodedata
-from decimal import Decimal
+from decimal import Decimal, getcontext
 
 SECONDS = 2.0             # of processor time, so that a busy machine makes no answer wrong
 MOST_MEMORY = 4 << 30     # bytes of address space
 LONGEST = 300             # characters of a formula
 DEEPEST = 12              # brackets in brackets
+PRECISION = 20_000        # digits: whole numbers, and powers such as 10^9999, are exact
 
 # --------------------------------------------------------------------------------------------------
 # one spelling
@@ -28,17 +29,19 @@ DEEPEST = 12              # brackets in brackets
 # Other ways to write a text: pattern, one spelling; in this order.
 SPELLINGS = (
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle)(?![a-zA-Z])", ""),
-    (r"(?<=\d)(?:\\[,!]|,\\!|\{,\}|[\u2009\u202f])(?=\d{3}(?!\d))", ","),         # 1{,}234, 1\,234
+    (r"(?<=\d)(?:\\[,!]|,\\!|\{,\})(?=\d{3}(?!\d))", ","),                        # 1\,234
     (r"(?<!\\)\\!", ""), (r"(?<!\\)\\[,;: ]|~(?= ?[a-zA-Z\\])", " "),               # LaTeX's spaces
     (r"(?<!\\)\\([%$#&_])", r"\1"),
     (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"), (r"\\(?:tfrac|dfrac|cfrac)", r"\\frac"),
+    (r"℃", "°C"), (r"\\degree(?![a-zA-Z])", "°"),
     (r" ?(?:per ?cent|pct)\b", "%"), (r"\\mu(?![a-zA-Z]) *|µ", "μ"), (r"\\Omega", "Ω"))
 LETTERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 LETTERS |= {ord(c): " " + unicodedata.normalize("NFKC", c).replace("⁄", "/") for c in "¼½¾⅓⅔⅕⅛"}
 
 
 def spelled(text):
-    """text in one spelling: "1\\,234" -> "1,234", "½" -> "1/2", "m²" -> "m^{2}"."""
+    """text in one spelling: "1\\,234" -> "1,234", "½" -> "1/2", "m²" -> "m^{2}", "5%." -> "5%"."""
+    text = re.sub(r"(?<=[^.\s])\.$", "", text)                    # one full stop, but not of "5.."
     for pattern, spelling in SPELLINGS:
         text = re.sub(pattern, spelling, text)
     return " ".join(text.translate(LETTERS).split())
@@ -51,8 +54,9 @@ DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"                                   #
 UNSIGNED = rf"(?:{DIGITS}(?:\.\d*)?|\.\d+)"                                    # 1,234.5 or .5
 NUMBER = rf"[+-]? ?{UNSIGNED}"
 FRACTION = re.compile(rf"\\frac *\{{ *({NUMBER}) *\}} *\{{ *({NUMBER}) *\}}|\\frac *(\d) *(\d)")
-SCALES = {"%": "0.01", "hundred": "1e2", "dozen": "12", "thousand": "1e3", "lakh": "1e5",
-          "million": "1e6", "crore": "1e7", "billion": "1e9", "trillion": "1e12"}
+SCALES = {"%": "0.01", "hundred": "1e2", "dozen": "12", "thousand": "1e3", "lakhs": "1e5",
+          "lakh": "1e5", "million": "1e6", "crores": "1e7", "crore": "1e7", "billion": "1e9",
+          "trillion": "1e12"}
 SCALE = "|".join(SCALES)
 SUFFIXES = {"k": "thousand", "K": "thousand", "M": "million", "mn": "million", "B": "billion",
             "bn": "billion", "T": "trillion", "tn": "trillion"}                # in charts alone
@@ -68,30 +72,60 @@ UNIT = re.compile(rf"(.*?(?:[\d)}}%.]|{SCALE}))( ?)({WORD}(?:{JOINT}{WORD}){{0,3
                   re.IGNORECASE)
 
 # Units that may be left out: these, SI's, and plurals ("7 birds") that are no numbers.
-UNITS = set("""h hr min yr ft in mi lb oz sq mph kmh kph rpm fps px dB deg rad pp kWh unit old
-    square cubic people children men women feet inch degree dollar cent euro pound second minute
-    hour day week month year meter metre gram liter litre USD EUR GBP JPY CNY INR""".split())
+UNITS = set("""h hr min sec yr ft in mi lb oz sq mph kmh kph rpm fps px dB deg rad pp ppm kWh unit
+    old square cubic people children men women feet inch degree dollar cent euro pound second
+    minute hour day week month year meter metre gram liter litre USD EUR GBP JPY CNY INR""".split())
+CURRENCIES = {"dollar": "$", "dollars": "$", "us dollars": "$", "usd": "$", "euro": "€",
+              "euros": "€", "eur": "€"}
 SI_UNIT = re.compile(r"[kcdmμnMGT]?(?:m|g|s|L|l|N|J|W|V|A|K|C|F|Pa|Hz|Ω|eV|mol|B)"
                      r"|(?:kilo|centi|milli|micro)(?:met(?:er|re)|gram|lit(?:er|re)|second)")
 NUMERALS = (r"plus|minus|less|tens|ones|twos|perhaps|halves|thirds|quarters|dozens|hundreds"
             r"|thousands|[a-z]+illions|(?!months\b)[a-z]+ths")
 PLURAL = re.compile(rf"(?!(?:{NUMERALS})\b)[a-z]{{3,}}(?<!s)s", re.IGNORECASE)
 
+# What may stand before "=": words, letters with subscripts, functions of something.
+FUNCTION = "sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi"
+COMMANDS = "|".join("""alpha beta gamma delta epsilon varepsilon zeta eta theta lambda nu xi rho
+    sigma tau phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell
+    overline overrightarrow overset frown widehat hat bar vec tilde dot mathcal mathbb operatorname
+    frac binom cdot times circ lfloor rfloor lceil rceil det dim deg gcd max min arg lim sum prod
+    int Pr quad""".split())
+NAME_PIECE = re.compile(
+    rf"\\?(?:{FUNCTION}|angle|triangle)(?![a-zA-Z])(?:_\w*)? ?[\d.]*"  # \log_2 8, \angle 1
+    rf"|\\(?:{COMMANDS})(?![a-zA-Z])|[∠△√] ?\d*"
+    r"|[^\W\d_]\w*(?:[.'%]|! )?|[ _:'·×]")                              # x_1, No. of, "n! ="
+ARGUMENT = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|\\?\{[^{}]*\}")             # of f(2), x_{1}
+PROBABILITY = re.compile(r"\bPr?\([^()]*\)")                            # P(A or B)
+NO_NAME = re.compile(r"\b(?:or|and|but|not|cannot|never|if|unless|else|is|are|maybe|perhaps|either"
+                     r"|neither|nor|mod)\b|n't\b", re.IGNORECASE)
+
+
+def is_name(text):
+    r"""True for a name of the value after "=": "x_1", "f(2)", "\angle ABC", "Area". Words that deny
+    it or give another ("x \not", "x is 4 or y") are none: any value could follow them."""
+    if NO_NAME.search(PROBABILITY.sub("", text)):
+        return False
+    for _ in range(3):                                           # brackets in brackets
+        text = ARGUMENT.sub("", text)
+    return not NAME_PIECE.sub("", text)
+
 
 def parts(text):
     """("x", "3", "km") of "x = 3 km": the name, what it equals, and the unit; "" if it has none."""
     text = " ".join(re.sub(r" *(?:\^ *\{? *\\circ *\}?|°)", " degree ", text).split())
     name, unit = "", ""
-    if named := re.fullmatch(r"([a-zA-Z\\∠][^=<>+*/^-]{0,40})= ?([^=<>]*)", text):
+    named = re.fullmatch(r"([a-zA-Z\\∠][^=<>+*/^-]{0,40})= ?([^=<>]*)", text)
+    if named and is_name(named[1]):
         name, text = named.groups()
-    if currency := re.match(r"([+-]?) ?([$€£¥₹])", text):
+    text = re.sub(r"^([^$€£¥₹]+?) ?([$€£¥₹])$", r"\2\1", text)               # 5 € is €5
+    if currency := re.match(r"([+-]?) ?(?:US)?([$€£¥₹])", text):
         unit = currency[2]
         text = currency[1] + text[currency.end():]
     elif measured := UNIT.fullmatch(text):
         # 3a is three times a. A word that is no unit must be the gold answer's word as well.
         letters = measured[3].rstrip("^{}0123456789-")
         if len(letters) > 2 or known(letters) and (measured[2] or len(letters) == 2):
-            text, unit = measured[1], measured[3]
+            text, unit = measured[1], CURRENCIES.get(measured[3].lower(), measured[3])
     return name.replace(" ", ""), text.strip(), unit
 
 
@@ -144,7 +178,6 @@ def decimal(digits):
 # formulas
 
 # Other ways to write what math-verify reads: pattern, LaTeX; in this order.
-FUNCTION = "sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi"
 LATEX = (
     (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"√\s*(\d+|\w)", r"\\sqrt{\1}"),
     (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
@@ -160,7 +193,8 @@ LATEX = (
     (r"∪", r"\\cup "), (r"∩", r"\\cap "), (r"∈", r"\\in "), (r"ℝ", r"\\mathbb{R}"),
     (r"∅|\\varnothing", r"\\emptyset "), (r"\^\s*\{?\s*\\circ\s*\}?|°", r"^\\circ "),
     (r"(?<=\d)_\{(\d+)\}", r"_\1"), (r"(?<!\\)%", r"\\%"),
-    (r"(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])", ","))             # several values are a list
+    (r"\\log\s*_\s*(?:\{(\d+)\}|(\d+)(?=[\s(\\{]))\s*", r"\\log_{\1\2}"),       # log_2 8
+    (r",?\s*(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])", ","))       # several values are a list
 SYMBOLS = re.compile(r"[\x20-\x7e√∞πθαβ×∙·⋅÷±≤⩽≥⩾≠≈∪∩∈ℝ∅°]*")
 PROSE = re.compile(r"(?<!\\)(?<!\\begin\{)(?<!\\end\{)(?<![a-zA-Z])[a-zA-Z]{3,}")
 CHARACTERS = re.compile(r"[\w\s\\{}()\[\]+\-*/^=<>|,.;:!&'%]*", re.ASCII)
@@ -216,11 +250,12 @@ def same_formula(predicted, answer):
 
 def same(predicted, answer, tolerance):
     """For the domain math: the same value, formula or words (`rewards.verify_math`)."""
-    words = r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*[.]?"               # "Yes", "no solution"
+    predicted, answer = spelled(predicted), spelled(answer)
+    words = r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*"                   # "Yes", "no solution"
     if re.fullmatch(words, answer) and predicted.casefold() == answer.casefold():
         return True
-    name, predicted, unit = parts(spelled(predicted))
-    gold_name, answer, gold_unit = parts(spelled(answer))
+    name, predicted, unit = parts(predicted)
+    gold_name, answer, gold_unit = parts(answer)
     if not same_unit(unit, gold_unit) or (name and gold_name and name != gold_name):
         return False
     value, gold = number(predicted), number(answer)
@@ -236,19 +271,27 @@ def same(predicted, answer, tolerance):
     return same_formula(predicted, answer)
 
 
+YEAR = re.compile(r"\(?(?:19\d\d|20\d\d|2100)(?:\.0*)?\)?")
+YEARS = re.compile(r"(?:19|20)\d\d ?/ ?(?:19|20)?\d\d")             # 2015/16 is no quotient
+SIGN_INSIDE = re.compile(r"%.*%|\d *%.*\d")                        # 45%%, 4%5
+
+
 def near(predicted, answer, tolerance):
-    """For the domain chart: numbers that are close (`rewards.verify_chart`)."""
+    """For the domain chart: numbers that are close, or the same year (`rewards.verify_chart`)."""
     values, units, percent = [], [], []
     for text in (predicted, answer):
         text = re.sub(rf"(?<=\d) ?({'|'.join(SUFFIXES)})\b", suffix, spelled(text))
         _, text, unit = parts(text)
+        if YEARS.fullmatch(text) or SIGN_INSIDE.search(text):
+            return False
         values.append(number(text.replace("%", "")))
         units.append(unit)
         percent.append("%" in text)
     value, gold = values
     if value is None or gold is None or not same_unit(*units):
         return False
-    allowed = abs(gold) * Decimal(tolerance)
+    is_year = YEAR.fullmatch(text) and unit.lower() in ("", "year")       # text: the gold answer
+    allowed = 0 if is_year else abs(gold) * Decimal(tolerance)
     if abs(value - gold) <= allowed:                             # the % may be on the axis
         return True
     if percent == [True, False] and abs(gold) <= 1:              # 0.25 is 25%, but 45 is not 4500%
@@ -269,6 +312,7 @@ DOMAINS = {"math": same, "chart": near}
 def main():
     replies, sys.stdout = sys.stdout, sys.stderr                 # what a library prints is no reply
     logging.disable()
+    getcontext().prec = PRECISION
     signal.signal(signal.SIGINT, signal.SIG_IGN)                 # Ctrl-C ends the run, that ends us
     _, allowed = resource.getrlimit(resource.RLIMIT_AS)
     most = MOST_MEMORY if allowed == resource.RLIM_INFINITY else min(MOST_MEMORY, allowed)

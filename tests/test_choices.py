@@ -8,7 +8,7 @@ from test_formats import fails, write
 
 import data
 import rewards
-from plumbing.choices import find_options, guess_domain
+from plumbing.choices import append_options, find_options, guess_domain
 
 AB = {"A": "red", "B": "blue"}
 
@@ -23,6 +23,8 @@ AB = {"A": "red", "B": "blue"}
     ("哪个？\nA．red\nB．blue", AB), ("哪个？（A）red （B）blue", AB),
     ("Which?\nA. red\nB. blue\nAnswer with the letter.", AB),
     ("Who knows J. A. Smith? A. red B. blue", AB),         # his initial is no option
+    ("Is (A) or (B) larger?\n- **A.** red\n- **B.** blue", AB),
+    ("Which? A. red B. blue\nC. 3 D. 4", {**AB, "C": "3", "D": "4"}),
     ("Which letter is on the wall?", {}), ("Is A taller than B or C?", {}),
     ("At 9 A.M. what happens?", {}), ("Did B. come after C. did?", {}), ("A man walks. Why?", {})])
 def test_the_options_that_a_question_lists(question, options):
@@ -40,6 +42,38 @@ def test_a_letter_alone_or_with_its_text_is_a_choice(tmp_path, listed, answer):
     [sample] = data.load(write(tmp_path, "q.jsonl", record))
     assert (sample.answer.upper(), sample.domain) == ("B", "choice")
     assert rewards.VERIFIERS["choice"]("B", sample.answer) == 1
+
+
+@pytest.mark.parametrize("question, answer, letter", [
+    ("When?\nA. 10 A.M.\nB. 11 A.M.", "A. 10 A.M.", "A"),
+    ("Who?\nA. Susan B. Anthony\nB. Rosa Parks\nC. Ann C. Lee", "B. Rosa Parks", "B"),
+    ("Who?\nA. Susan B. Anthony\nB. Rosa Parks\nC. Ann C. Lee", "A. Susan B. Anthony", "A"),
+    ("Who wrote it?\nA. A. A. Milne\nB. J. Shaw", "A. A. A. Milne", "A"),
+    ("Which?\nA. Vitamin A.\nB. Vitamin B.", "A. Vitamin A.", "A"),
+    ("Which?\nA. Plan B.\nB. Plan A.", "A. Plan B.", "A"),
+    ("Which?\na) plan B.\nb) plan A.", "b) plan A.", "b"),
+    ("Consider (A) the dog and (B) the cat. Which runs?\nA. the dog\nB. the cat", "B. the cat",
+     "B")])
+def test_an_initial_in_an_options_text_is_no_option(tmp_path, question, answer, letter):
+    """It began another option, so that the load stopped, or read the other option's text."""
+    record = {"video": "a.mp4", "question": question, "answer": answer}
+    [sample] = data.load(write(tmp_path, "q.jsonl", record))
+    assert (sample.answer, sample.domain) == (letter, "choice")
+
+
+def test_the_question_may_go_on_after_its_last_option(tmp_path):
+    """What follows was taken for the option's text: its own text did not fit, and options that are
+    beside the question as well were listed twice."""
+    question = "Which? Options: A. red, B. blue, C. green. Answer with a letter."
+    record = {"video": "a.mp4", "question": question}
+    for answer in ("C. green", "C. Green.", "(C) green", "C"):
+        [sample] = data.load(write(tmp_path, "q.jsonl", {**record, "answer": answer}))
+        assert (sample.answer, sample.domain) == ("C", "choice")
+    fails(write(tmp_path, "q.jsonl", {**record, "answer": "C. gre"}), "does not fit the options")
+    assert append_options(question, {"A": "red", "B": "blue", "C": "green"}) == question
+    assert append_options(question, {"A": "red", "B": "blue", "C": "grey"}) != question
+    options = {"A": "3", "B": "3.5"}                       # a decimal point ends no sentence
+    assert append_options("Which? A. 3 B. 3.5 m", options) != "Which? A. 3 B. 3.5 m"
 
 
 @pytest.mark.parametrize("answer", ["C", "F", "(Z)", "B. red", "(A) blue", "D. red"])

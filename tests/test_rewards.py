@@ -82,6 +82,7 @@ def answering(answer, thought="t"):
     ("<think>\\boxed{6}, no: </think><answer>7</answer>", "7"),
     ("<think>t</think><answer>\\boxed{7} or \\boxed{8}</answer>", None),
     ("<think>t</think>\\boxed{7} \\boxed{7}", None),
+    ("<think>t</think>\\boxed {7}", "7"), ("<think>t</think>\\boxed {8} \\boxed{7}", None),
     ("<think>t</think><answer>\\boxed{\\boxed{7}}</answer>", None),
     ("<think>t</think><answer><|begin_of_box|>7<|begin_of_box|>8<|end_of_box|><|end_of_box|></answer>",
      None),
@@ -138,7 +139,15 @@ CASES = {
         ("B. the U.S. flag", "B", 1), ("B. at 10 a.m. sharp", "B", 1), ("B.left", "B", 1),
         ("(A) left (B) right", "A", 0), ("A) left B) right", "A", 0), ("A: left B: right", "A", 0),
         ("one of A, B, C or D", "A", 0), ("a letter between A and D", "A", 0),
-        ("all of the above", "A", 0)],
+        ("all of the above", "A", 0),
+        # Another letter, joined or in a row; an option after a mark without a space.
+        *[(text, "A", 0) for text in (
+            "(A) and (C)", "A) or C)", "A) and C)", "A. or C.", "A. and B", "A. C. D.",
+            "(A) (C) (D)", "A. left。B. right", "A. 左。B. 右", "A. left、B. right",
+            "A. left/B. right", "A. left|B. right")],
+        ("B. C++", "B", 1), ("D. A+", "D", 1), ("D. A-", "D", 1), ("D. A and C", "D", 1),
+        ("B. U.S.", "B", 1), ("B. J. K.", "B", 1), ("B. A.C. current", "B", 1),
+        ("B. Turn the A/C. off", "B", 1), ("B. and then C", "B", 1), ("***B***", "B", 1)],
     "count": [
         ("7", "7", 1), ("07", "7", 1), ("7.0", "7", 1), ("7.", "7", 1), (" 7\n", "7", 1),
         ("+7", "7", 1), ("-3", "-3", 1), ("-0", "0", 1), ("7", "7.0", 1), ("0", "0", 1),
@@ -149,7 +158,10 @@ CASES = {
         ("--7", "7", 0), ("6+1", "7", 0), (".", "0", 0), ("²", "2", 0),
         ("a correct number between 0 and 10", "7", 0), ("between 0 and 10", "7", 0),
         ("0 1 2 3 4 5 6 7 8 9", "7", 0), ("the number of birds", "7", 0),
-        ("7 is the answer", "7", 0), ("9" * 5000, "7", 0), ("7." + "0" * 5000, "7", 1)],
+        ("7 is the answer", "7", 0), ("9" * 5000, "7", 0), ("7." + "0" * 5000, "7", 1),
+        ("1{,}200", "1200", 1), ("$1{,}200$", "1200", 1), ("1\u202f500", "1500", 1),
+        ("1\u2009500", "1500", 1), ("1 500", "1500", 0), ("***3***", "3", 1),
+        *[(f"{minus}3", "-3", 1) for minus in "\u2010\u2011\u2012\ufe63"]],
     "open": [
         ("red ball", "red ball", 1), ("Red  BALL.", "red ball", 1), ("red-ball", "red ball", 1),
         ("\tred\nball", "red ball", 1), ("“red ball”", "red ball", 1), ("ﬁsh", "fish", 1),
@@ -162,7 +174,13 @@ CASES = {
         ("red or blue", "red", 0), ("red, blue", "red", 0), ("red red", "red", 0),
         ("one of red, blue and green", "red", 0),
         ("a velocity very close to the speed of light", "0.999 c", 0),
-        ("the right answer", "red", 0)],
+        ("the right answer", "red", 0),
+        # A minus was taken for a hyphen before a currency, and for a bullet before a space.
+        *[(f"-{text}", text, 0) for text in ("$45", "€5", "½", "∞")], ("$45", "-$45", 0),
+        *[(f"- {text}", text, 0) for text in ("3.2%", "5 °C", "5 million", "5 points", "$45")],
+        ("-$45", "- $45", 1), ("- red", "red", 1), ("***red***", "red", 1),
+        ("100 to 200", "$100 to $200", 0), ("3 and 4", "$3 and $4", 0),     # these are no formulas
+        ("$100 to $200", "$100 to $200", 1), ("$.50 or $.75", ".50 or .75", 0)],
     "math": [
         ("42", "42.0", 1), ("42", " 42 ", 1), ("+42", "42", 1), ("-3", "\u22123", 1),
         ("1/2", "0.5", 1), ("\\frac{1}{2}", "1/2", 1), (".5", "1/2", 1),
@@ -188,7 +206,39 @@ CASES = {
         ("inf", "7", 0), ("between 0 and 10", "7", 0), ("about 7", "7", 0), ("10²", "102", 0),
         ("", "", 0), ("", "0", 0), ("7 or more", "7", 0),
         ("a velocity very close to the speed of light", "0.999 c", 0), ("1" * 20000, "1", 0),
-        ("7" + " " * 20000, "7", 1)],
+        ("7" + " " * 20000, "7", 1),
+        # What stands before "=" is a name. It was any text, even one that denies the value.
+        *[(text, "5", 0) for text in (
+            "x != 5", "x \\not= 5", "not x = 5", "x is not = 5", "maybe 4, x = 5",
+            "Either 3, 4 or else x = 5", "x is 4 or y = 5", "three or x = 5", "x \\neq 4, x = 5",
+            "a: 3, b = 5", "x: 3; y = 5", "x? 4. x = 5", "x | 4 | x = 5", "x mod 7 = 5",
+            "x 4 = 5", "x (not) = 5", "i != 5", "\\theta \\neq 4, \\theta = 5", "x ~= 5")],
+        *[(text, "5", 1) for text in (
+            "x_1 = 5", "x_{1} = 5", "f(g(2)) = 5", "P(A or B) = 5", "P(A \\cap B) = 5", "f'(2) = 5",
+            "\\angle 1 = 5", "\\frac{10}{2} = 5", "\\log_2 32 = 5", "\\sin 30° = 5", "n! = 5",
+            "No. of birds = 5", "Area of triangle ABC = 5", "AB \\cdot CD = 5", "∠ABC = 5",
+            "\\max\\{a,b\\} = 5", "\\operatorname{lcm}(5,1) = 5", "S_{\\triangle ABC} = 5")],
+        # One full stop is a sentence's.
+        ("0.5.", "0.5", 1), ("x = 0.5.", "0.5", 1), ("50%.", "0.5", 1), ("$7.5$.", "7.5", 1),
+        ("0.75.", "\\frac{3}{4}", 1), ("\\sqrt{2}.", "\\sqrt{2}", 1), ("$x+1$.", "x+1", 1),
+        ("(1,2).", "(1,2)", 1), ("Yes.", "Yes", 1), ("Yes", "Yes.", 1), ("5..", "5", 0),
+        ("5.5.", "5", 0),
+        # Whole numbers are compared exactly; it was to 28 digits.
+        ("1267650600228229401496703205377", "1267650600228229401496703205376", 0),
+        ("10^29", "1" + "0" * 28 + "1", 0), ("10^29", "1" + "0" * 29, 1),
+        ("2^{100}", "1267650600228229401496703205376", 1),
+        ("1, 2, and 3", "\\{1,2,3\\}", 1), ("2, 3, or 4", "2,3,4", 1), ("3", "\\log_2 8", 1),
+        ("\\log_2 8", "3", 1), ("\\log_2(8)", "3", 1), ("\\log_{2}3", "\\log_2 3", 1),
+        ("\\frac{\\ln 3}{\\ln 2}", "\\log_2 3", 1), ("\\log_2 8", "8", 0), ("\\log_2 8", "2", 0),
+        ("5 lakhs", "5", 0), ("5 crores", "5", 0), ("5 lakhs", "500000", 1),
+        # A currency before or after its amount, as a sign or in words.
+        *[(text, "€5", 1) for text in ("5€", "5 €", "5 euros", "5 EUR")], ("12€", "12", 1),
+        ("US$12", "12", 1), ("$5", "€5", 0), ("5 dollars", "€5", 0), ("5 cents", "$5", 0),
+        ("5$", "-$5", 0), ("12 ℃", "12", 1), ("12 ℃", "12 °C", 1), ("5 ppm", "5", 1),
+        ("12 sec", "12", 1), ("90\\degree", "90°", 1),
+        *[(f"x{minus}3", "x-3", 1) for minus in "\u2010\u2011\u2012\ufe63"],
+        ("1\u202f500", "1500", 1), ("1\u2009500", "1500", 1), ("***x+1***", "x+1", 1),
+        ("$ 5 $ cm", "5 cm", 1), ("$$7$$", "7", 1)],
     "chart": [
         ("100", "100", 1), ("101", "100", 1), ("102.5", "100", 1), ("97.5", "100", 1),
         ("41", "40", 1), ("-101", "-100", 1), ("1,010", "1000", 1), ("1e3", "1,010", 1),
@@ -200,8 +250,25 @@ CASES = {
         ("1901", "1900", 0), ("2099", "2100", 0), ("2010.4", "2010", 0),
         ("-100", "100", 0), ("25%", "2500", 0), ("0.1", "0", 0), ("100 or 101", "100", 0),
         ("95-105", "100", 0), ("between 0 and 200", "100", 0), ("France", "Germany", 0),
-        ("Germany or France", "Germany", 0), ("2009, 2010", "2010", 0), ("", "2010", 0), ("", "", 0)
-    ],
+        ("Germany or France", "Germany", 0), ("2009, 2010", "2010", 0), ("", "2010", 0),
+        ("", "", 0),
+        ("45.2.", "45.3", 1), ("1.2M.", "1.2 million", 1), ("5.5.", "5", 0), ("5 lakhs", "5", 0),
+        ("5 crores", "5", 0), ("500000", "5 lakhs", 1),
+        # 2015/2016 was a quotient near 1, and only "2010" alone was a year.
+        ("2016/2017", "2015/2016", 0), ("1", "2015/2016", 0), ("2015/2016", "1", 0),
+        ("2015/2016", "2015/2016", 1), ("2018/20", "2019/20", 0), ("2019/20", "2019/20", 1),
+        *[("2011", text, 0) for text in ("2010.0", "Year = 2010", "2010 year", "(2010)", "2010.")],
+        *[("2010", text, 1) for text in ("2010.0", "Year = 2010", "2010 year", "(2010)", "2010.")],
+        *[("2015", text, 1) for text in ("2,010", "2010 km")],
+        *[(text, "$45 million", 1) for text in (
+            "45 million dollars", "45 million USD", "US$45 million", "45 million $", "$45M")],
+        *[(text, "$45", 1) for text in ("45 dollars", "45 USD", "45$", "45 US dollars")],
+        ("€45", "$45", 0), ("45 euros", "$45", 0),
+        *[(text, "45", 0) for text in ("4%5", "45%%", "%45%", "4% 5")], ("%45", "45", 1),
+        ("45%%", "0.45", 0),
+        *[(f"-{text}", text, 0) for text in ("$45", "€5", "½", "∞")], ("$45", "-$45", 0),
+        *[(f"- {text}", text, 0) for text in ("3.2%", "5 °C", "5 million", "5 points")],
+        ("- red", "red", 1), ("***45%***", "45%", 1)],
     "ocr": [
         ("STOP", "STOP", 1), (" two \n lines", "two lines", 1), ("e\u0301", "\u00e9", 1),
         ("出口", "出口", 1), ("43", "43.0", 0.5), ("x+1", "x+2", 1 - 1 / 3),
@@ -209,7 +276,8 @@ CASES = {
         ("STOPS", "STOP", 1 - 1 / 5), ("kitten", "sitting", 1 - 3 / 7),
         ("hello world", "helloworld", 1 - 1 / 11), ("ab", "ba", 0), ("", "STOP", 0), ("", "", 0),
         ("STOP", "", 0), ("x" * 20000, "x" * 20000, 1),
-        ("x" * 20000, "x" * 20001, 0), ("x" * 9999, "x" * 10000, 0.9999)],
+        ("x" * 20000, "x" * 20001, 0), ("x" * 9999, "x" * 10000, 0.9999),
+        ("5 6", "$5 $6", 0.6), ("***STOP***", "STOP", 1), ("1\u2009500", "1 500", 1)],
     "grounding": [
         ("[0, 0, 10, 10]", "[0,0,10,10]", 1), ("[[0,0,10,10]]", "[0,0,10,10]", 1),
         ("[0.0,0,10,6]", "[0,0,10,10]", 1), ("[-5,-5,5,5]", "[-5,-5,5,5]", 1),
@@ -232,7 +300,12 @@ CASES = {
         ("[0,0,10]", "[0,0,10,10]", 0), ("[0,0,10,10,10]", "[0,0,10,10]", 0),
         ("0,0,10,10", "[0,0,10,10]", 0), ("[0,0,nan,10]", "[0,0,10,10]", 0),
         ("left of the ball [0,0,10,10]", "[0,0,10,10]", 0), ("[0,0,1e9999,10]", "[0,0,10,10]", 0),
-        ("between 0 and 10", "[0,0,10,10]", 0)],
+        ("between 0 and 10", "[0,0,10,10]", 0),
+        # Fractions as data sets write them: with more than 9 decimals, or without the zero.
+        ("[0.3333333333333333, 0.25, 0.75, 0.875]", "[0.3333333333333333, 0.25, 0.75, 0.875]", 1),
+        ("[.1,.2,.5,.9]", "[0.1,0.2,0.5,0.9]", 1), ("***[1,2,3,4]***", "[1,2,3,4]", 1),
+        ('[{"bbox_2d": [0, 0, 10, 10], "label": "dog [1]"}]', "[0,0,10,10]", 1),
+        ('{"label": "dog {1}", "bbox_2d": [0, 0, 10, 10]}', "[0,0,10,10]", 1)],
     "time": [
         ("12.5-17", "12.5-17", 1), ("from 12.5 to 17", "12.5-17", 1),
         ("From 12.5s to 17 seconds.", "12.5 - 17", 1), ("12.5 – 17 s", "12.5-17", 1),
@@ -245,7 +318,10 @@ CASES = {
         ("10-20, 30-40", "10-20", 0), ("10-20-30", "10-20", 0),
         ("10-20" + " " * 20000 + "or 30-40", "10-20", 0), ("between 0 and 10", "0-10", 1),
         ("0:75-0:80", "75-80", 0), ("about 10-20", "10-20", 0), ("nan-20", "10-20", 0),
-        ("the whole video", "10-20", 0), ("9" * 400 + "-" + "9" * 401, "10-20", 0)]}
+        ("the whole video", "10-20", 0), ("9" * 400 + "-" + "9" * 401, "10-20", 0),
+        *[(f"12{to}17", "12-17", 1) for to in ("\u2010", "\u2011", "\u2012", "\ufe63", "\u301c")],
+        ("12.333333333333334-17.666666666666668", "12.333333333333334-17.666666666666668", 1),
+        ("12 -> 17", "12-17", 1), ("***1-2***", "1-2", 1), ("12 > 17", "12-17", 0)]}
 
 
 @pytest.mark.parametrize("domain, predicted, answer, expected", [
@@ -606,6 +682,7 @@ def test_the_worst_answer_of_10000_characters_is_graded_in_a_tenth_of_a_second(d
               "<ref>", "<box>", '{"bbox', "between 1 and ", "0:12-", "100,", ".5", "%", "~", "''",
               "(1,2),(3,4)", "\\frac{1}{2}", "“", "B) ", "\u0300", "1e9", "e", "million ", "$5"]
     texts = [piece * (10_000 // len(piece)) for piece in pieces]
+    texts += ["B. " + "-" * 9_000 + "C1", "$5" + "\u2009" * 9_000, "5" + " or" * 3_000]
     for _ in range(20):
         some = [r.choice(pieces) * r.choice((1, 3, 1000)) for _ in range(4)]
         texts.append(("".join(some) * 10_000)[:10_000])
