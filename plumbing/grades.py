@@ -42,7 +42,7 @@ def read_grades(path, samples, model=None):
             id, correct, total = str(row["id"]), float(row["correct"]), float(row["total"])
             if not 0 <= correct <= total < math.inf:
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise ValueError(f'{where}: expected {{"id": ..., "correct": ..., "total": ...}}, '
                              f"found {line[:80]!r}") from None
         if id not in by_id or row.get("about", about(by_id[id])) != about(by_id[id]):

@@ -1,7 +1,6 @@
 """
 Pictures as video, through pillow: a folder of pictures, one picture, an animated webp or avif.
 """
-import math
 import os
 import re
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", 
 # What pillow raises for a broken picture: the last three come from its webp and png readers and
 # for oversized files.
 ERRORS = (OSError, EOFError, SyntaxError, Image.DecompressionBombError)
+LEAST_FPS, MOST_FPS = 1e-6, 1e6    # pictures a second
 ORIENTATION = 0x0112           # the EXIF tag; values 5 to 8 are pictures that lie on their side
 
 
@@ -65,16 +65,18 @@ def names_picture(name):
 def natural_order(name):
     """A key to sort names by: frame_2 comes before frame_10."""
     parts = []
-    for part in re.split(r"([0-9]+)", name):
-        parts.append(int(part) if part.isdigit() else part.lower())
+    for i, part in enumerate(re.split(r"([0-9]+)", name)):
+        is_number = i % 2 == 1                             # "²" is no number, but isdigit() is True
+        parts.append(int(part) if is_number else part.lower())
     return parts, name                                     # "a1" and "A01" have equal parts
 
 
 def folder_and_fps(path):
     """"clips/bird@10fps" -> ("clips/bird", 10.0): a folder, and how many of its pictures are one
     second. Any other path, and what exists by the whole name -> (path, None)"""
-    match = re.fullmatch(r"(.+)@([0-9.]+(?:e-?[0-9]+)?)fps", path, re.DOTALL)
-    if not match or os.path.exists(path):
+    number = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?"
+    match = re.fullmatch(rf"(.+)@({number})fps", path, re.DOTALL)
+    if not match or os.path.exists(path) or not LEAST_FPS <= float(match[2]) <= MOST_FPS:
         return path, None
     return match[1], float(match[2])
 
@@ -86,7 +88,7 @@ def with_fps(path, fps, where):
     if fps is None or not os.path.isdir(path):
         return path
     is_number = isinstance(fps, (int, float)) and not isinstance(fps, bool)
-    if not is_number or not 0 < fps < math.inf:
+    if not is_number or not LEAST_FPS <= fps <= MOST_FPS:
         raise ValueError(f"{where}: 'fps' is {fps!r}, expected a positive number")
     return f"{os.path.normpath(path)}@{fps}fps"
 

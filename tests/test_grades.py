@@ -39,7 +39,8 @@ def test_a_line_that_was_being_written_is_ignored(tmp_path):
 @pytest.mark.parametrize("bad", [
     "oops", "", "[]", '{"id": "q0"}', '{"id": "q0", "correct": 5, "total": 4}',
     '{"id": "q0", "correct": -1, "total": 4}', '{"id": "q0", "correct": NaN, "total": 4}',
-    '{"id": "q0", "correct": 1, "total": Infinity}', '{"id": "q0", "correct": "x", "total": 4}'])
+    '{"id": "q0", "correct": 1, "total": Infinity}', '{"id": "q0", "correct": "x", "total": 4}',
+    '{"id": "q0", "correct": 1, "total": 1' + "0" * 400 + "}", "[" * 100_000])
 def test_a_line_that_is_no_grade_is_named(tmp_path, bad):
     path = written(tmp_path, grade_line(SAMPLES[0], 1, 8, "a"), bad + "\n")
     with pytest.raises(ValueError, match="grades.jsonl, line 2: expected"):

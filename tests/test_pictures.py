@@ -130,6 +130,14 @@ def test_the_pages_of_a_tiff_are_no_video(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # folders
 
+@pytest.mark.parametrize("names", [["x1", "x²", "x³"], ["٠", "١", "٢"], ["1", "a", "٢"]])
+def test_digits_of_other_kinds_are_no_numbers(tmp_path, names):
+    """Such a folder could not be read: "²".isdigit() is true, and int("²") an error."""
+    for i, name in enumerate(names):
+        Image.fromarray(paint(i)).save(tmp_path / f"{name}.png")
+    assert numbers(read_video(tmp_path, 3)[0]) == [0, 1, 2]
+
+
 def test_folder_in_natural_order(tmp_path):
     for i in range(12):
         Image.fromarray(paint(i)).save(tmp_path / f"frame_{i}.png")
@@ -182,7 +190,7 @@ def test_the_rate_of_a_folder_is_its_samples(tmp_path, capsys):
         assert len({data.is_held_out(sample.video, fraction) for sample in samples}) == 1
 
 
-@pytest.mark.parametrize("fps", [0, -1, "ten", True, float("inf"), [10]])
+@pytest.mark.parametrize("fps", [0, -1, "ten", True, float("inf"), [10], 1e-320, 1e300])
 def test_a_rate_that_is_none_is_refused(tmp_path, fps):
     (tmp_path / "bird").mkdir()
     record = {"video": "bird", "question": "How many?", "answer": "2", "fps": fps}
@@ -197,7 +205,8 @@ def test_a_folder_whose_name_ends_like_a_rate(tmp_path):
         Image.fromarray(paint(i)).save(tmp_path / f"bird@10fps/{i}.png")
     assert open_file(tmp_path / "bird@10fps", 4).seconds == 1.0
     assert open_file(f"{tmp_path / 'bird@10fps'}@4fps", 4).seconds == 0.25
-    fails(tmp_path / "gone@10fps", "no such file or folder")
+    for rate in ("10", ".", "1.2.3", "1e999", "1e-320", "0"):
+        fails(tmp_path / f"gone@{rate}fps", "no such file or folder")
 
 
 def test_folder_without_pictures(tmp_path):
