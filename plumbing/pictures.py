@@ -14,7 +14,9 @@ from plumbing.ranks import say_once
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "PPM")
 # Used only inside a folder, where suffixes tell pictures from other files.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff",
+            ".ppm")
+NOT_READ = (".gif", ".heic", ".heif", ".jp2", ".jxl", ".tga")      # pictures of other formats
 # What pillow raises for a broken picture: the last three come from its webp and png readers and
 # for oversized files.
 ERRORS = (OSError, EOFError, SyntaxError, Image.DecompressionBombError)
@@ -36,7 +38,9 @@ def opened(path):
 def is_picture(path):
     """Whether pillow recognises this file as a picture, even a broken one. An animated png is left
     to FFmpeg: pillow shows its frames wrongly where one is disposed of, and a picture too many
-    where the default one is not part of the animation."""
+    where the default one is not part of the animation. So is a film of JPEGs."""
+    if path.lower().endswith((".mjpeg", ".mjpg")):
+        return False
     try:
         with Image.open(path, formats=FORMATS) as image:
             return not (image.format == "PNG" and image.n_frames > 1)
@@ -51,15 +55,26 @@ def is_picture(path):
 
 def list_pictures(folder):
     """Paths of the pictures in a folder: names with a picture's suffix, not hidden, in natural
-    order. Raises VideoError if there are none."""
-    names = [name for name in os.listdir(folder) if names_picture(name)]
+    order. Raises VideoError if there are none, or one of a format that is not read."""
+    visible = [name for name in os.listdir(folder) if not name.startswith(".")]
+    visible.sort(key=natural_order)
+    for name in visible:
+        if name.lower().endswith(NOT_READ):
+            raise VideoError(f"{folder}: {name} is a picture of a format that is not read in a "
+                             "folder; convert it to png, or remove it")
+    names = [name for name in visible if name.lower().endswith(SUFFIXES)]
     if not names:
         raise VideoError(f"{folder}: no pictures in this folder")
-    return [os.path.join(folder, name) for name in sorted(names, key=natural_order)]
+    files = [os.path.join(folder, name) for name in names]
+    for file in files:
+        check_is_file(file)
+    return files
 
 
-def names_picture(name):
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+def check_is_file(path):
+    """Raises VideoError for what is there but no file: a pipe or a device might never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise VideoError(f"{path}: is not a regular file")
 
 
 def natural_order(name):
@@ -170,8 +185,8 @@ def read_animation(path, chosen, out):
 def upright_size(image):
     """(height, width) as the picture is displayed. Reads no pixels."""
     exif = Image.Image.getexif(image)                      # a png's own getexif decodes the picture
-    lies_on_its_side = exif.get(ORIENTATION, 1) >= 5
-    if lies_on_its_side:
+    lies_on_its_side = 5 <= exif.get(ORIENTATION, 1) <= 8
+    if lies_on_its_side and image.format != "TIFF":        # whose size pillow has turned already
         return image.width, image.height
     return image.height, image.width
 

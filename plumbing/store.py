@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from flow import Video, VideoError
-from plumbing.pictures import folder_and_fps, list_pictures
+from plumbing.pictures import check_is_file, folder_and_fps, list_pictures
 
 # --------------------------------------------------------------------------------------------------
 # hashes
@@ -48,6 +48,8 @@ def fingerprint(path, folder=""):
         raise VideoError(f"{path}: no such file or folder")
     try:
         is_folder = os.path.isdir(path)
+        if not is_folder:
+            check_is_file(path)
         files = list_pictures(path) if is_folder else [path]
         stamps = []
         for file in files:

@@ -9,7 +9,13 @@ import os
 from flow import VideoError
 from plumbing.film import open_film
 from plumbing.frames import one_file
-from plumbing.pictures import folder_and_fps, is_picture, open_folder, open_picture
+from plumbing.pictures import (
+    check_is_file,
+    folder_and_fps,
+    is_picture,
+    open_folder,
+    open_picture,
+)
 
 
 def open_file(path, frames):
@@ -27,6 +33,7 @@ def open_file(path, frames):
             raise VideoError(f"{path}: no such file or folder")
         if os.path.isdir(folder):
             return open_folder(folder, frames, fps)
+        check_is_file(folder)
         if is_picture(path):
             return open_picture(path, frames)
         return open_film(path, frames)

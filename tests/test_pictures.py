@@ -3,13 +3,14 @@
 Folders of pictures, single pictures and animations, which are made here.
 """
 import json
+import os
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
-from test_video import H, W, fails, numbers, paint
+from test_video import H, W, clip, fails, numbers, paint
 
 import data
 from flow import VideoError
@@ -149,6 +150,52 @@ def test_folder_in_natural_order(tmp_path):
     video = open_file(str(tmp_path), 3)
     assert numbers(video.read(0, 3)) == [2, 6, 10] and video.seconds == 4.0
     assert numbers(video.read(1, 2)) == [6]
+
+
+def test_no_picture_of_a_folder_is_passed_over(tmp_path):
+    """Pictures named .jfif and .jpe were left out in silence, as were those of other formats."""
+    for i, name in enumerate(["1.jpg", "2.jfif", "3.JPE"]):
+        Image.fromarray(paint(i)).save(tmp_path / name, format="JPEG", quality=95)
+    assert numbers(read_video(tmp_path, 3)[0]) == [0, 1, 2]
+    for name in ("2.gif", "0.heic", "9.TGA"):
+        (tmp_path / name).write_bytes(b"x")
+        fails(tmp_path, f"{name} is a picture of a format that is not read in a folder")
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["pipe.mp4", "folder/2.png"])
+def test_a_pipe_is_refused(tmp_path, name):
+    """It was waited for, for ever."""
+    (tmp_path / "folder").mkdir()
+    Image.fromarray(paint(0)).save(tmp_path / "folder/1.png")
+    os.mkfifo(tmp_path / name)
+    path = tmp_path / name.split("/")[0]
+    with pytest.raises(VideoError, match=f"{name}: is not a regular file"):
+        open_file(path, 2)
+    with pytest.raises(VideoError, match=f"{name}: is not a regular file"):
+        data.fingerprint(path)
+
+
+def test_a_film_of_jpegs_is_a_film(tmp_path):
+    """It was taken for one picture: its first frame was all of it."""
+    path = clip(tmp_path / "a.mjpeg", codec="mjpeg", pix_fmt="yuvj420p", pts=range(5))
+    assert numbers(read_video(path, 5)[0]) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.jpg", "a.png", "a.webp"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8, 9, 65535])
+def test_the_size_of_a_turned_picture(tmp_path, name, orientation):
+    """A turned tiff was refused, since pillow had exchanged its sides already; and so was any
+    picture with a number that has no meaning, which viewers ignore."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(paint(3)).save(tmp_path / name, exif=exif)
+    frames, _ = read_video(tmp_path / name, 1)
+    turned = orientation in (6, 8)
+    assert frames.shape == ((1, W, H, 3) if turned else (1, H, W, 3))
+    if name in ("a.tif", "a.png"):
+        quarters = {3: 2, 6: 3, 8: 1}.get(orientation, 0)  # counter-clockwise
+        assert np.array_equal(frames[0], np.rot90(paint(3), quarters))
 
 
 def test_folder_of_two_sizes_or_with_a_broken_picture(tmp_path):
