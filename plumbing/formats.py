@@ -225,19 +225,19 @@ def without_pads(question):
 def untagged(texts, where):
     """{"answer", "thought"} without their tags, which `taught_text` would write twice."""
     answer, thought = texts["answer"], texts.get("thought", "")
+    inner = re.fullmatch(r"<think>(.*)</think>", thought, re.DOTALL)
+    if inner:
+        thought = inner[1].strip()
     whole = re.fullmatch(r"(?:<think>(.*?)</think>\s*)?<answer>(.*)</answer>", answer, re.DOTALL)
     if whole:
         thought = thought or (whole[1] or "").strip()
         answer = whole[2].strip()
-    inner = re.fullmatch(r"<think>(.*)</think>", thought, re.DOTALL)
-    if inner:
-        thought = inner[1].strip()
     for name, text in (("answer", answer), ("thought", thought), ("taught", texts.get("taught"))):
         tags = [tag for tag in TAGS if tag in (text or "")]
         if tags:
             many = "; a sample has one answer" if name == "answer" else ""
             raise ValueError(f"{where}: {tags[0]} inside {name!r}, which is {text[:80]!r}{many}")
-    return {"answer": answer, "thought": thought} if thought else {"answer": answer}
+    return {"answer": answer, "thought": thought}
 
 
 def add_options(texts, record, names, where):

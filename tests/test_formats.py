@@ -327,6 +327,17 @@ def test_a_thought_is_taught_with_its_tags_once(tmp_path, thought):
     assert data.taught_text(sample) == "<think>Two.</think><answer>3</answer>"
 
 
+@pytest.mark.parametrize("thought", ["<think></think>", " <think> \n </think>\n"])
+@pytest.mark.parametrize("name", ["thought", "process", "reasoning"])
+def test_an_empty_thought_in_tags_is_none(tmp_path, name, thought):
+    """It kept its tags, so that they were taught twice, and it hid the thought in the answer."""
+    [sample] = data.load(write(tmp_path, "q.jsonl", {**GOOD, name: thought}))
+    assert sample.thought == ""
+    answer = "<think>I see.</think><answer>3</answer>"
+    [sample] = data.load(write(tmp_path, "q.jsonl", {**GOOD, name: thought, "answer": answer}))
+    assert (sample.thought, sample.answer) == ("I see.", "3")
+
+
 @pytest.mark.parametrize("field, text", [
     ("thought", "a</think>b"), ("thought", "<think>a"), ("taught", "<answer>3</answer>"),
     ("thought", "<think>a</think><answer>3</answer>"),
