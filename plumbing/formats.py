@@ -16,7 +16,15 @@ from functools import cache
 from rapidfuzz.distance import OSA
 
 from flow import Sample
-from plumbing.choices import NoFit, append_options, choice_in, choose, guess_domain, read_options
+from plumbing.choices import (
+    NoFit,
+    append_options,
+    check_letter,
+    choice_in,
+    choose,
+    guess_domain,
+    read_options,
+)
 from plumbing.forms import questions_in
 
 # Our name -> the names that are read, ours first. If a record has several, the first counts.
@@ -249,16 +257,19 @@ def add_options(texts, record, names, where):
             return
         for letter, text in options.items():
             as_text(text, f"{where}: option {letter}")
+        question = append_options(texts["question"], options)
         about = f"{where}: the answer {texts['answer'][:80]!r}"
         answer = texts["answer"]
         if isinstance(record[names["answer"]], (int, float)):
             answer = record[names["answer"]]
+        check_letter(answer, record[names["options"]])
         letter = choose(answer, options, is_index=names["answer"] == "correct_choice")
         about = f"{where}: 'taught', {texts.get('taught', '')[:80]!r},"
+        check_letter(texts.get("taught", ""), record[names["options"]])
         taught = choose(texts["taught"], options) if texts.get("taught") else ""
     except NoFit as e:
         raise ValueError(f"{about} {one_line(e)}") from None
-    texts["question"] = append_options(texts["question"], options)
+    texts["question"] = question
     texts["answer"] = letter
     texts["domain"] = texts.get("domain") or "choice"
     if taught:

@@ -238,6 +238,37 @@ def test_options_that_do_not_fit_are_refused(tmp_path, options, answer, says):
     fails(path, "line 1")
 
 
+@pytest.mark.parametrize("options, letters, text", [
+    (["A. red", "C. blue", "D. green"], "BCD", "C. blue"),
+    (["B. red", "C. blue"], "ABC", "C. blue"),
+    (["(A) red", "(A) blue"], "AB", "(A) blue"), (["G. Bush", "J. Smith"], "B", "J. Smith")])
+def test_letters_of_options_with_a_gap_or_twice_are_not_replaced(tmp_path, options, letters, text):
+    """"C" became the letter of "D. green"."""
+    record = {**COLOUR, "options": options, "thought": "So."}
+    for letter in letters:
+        path = write(tmp_path, "q.jsonl", {**record, "answer": letter})
+        fails(path, f"line 1: the answer {letter!r} is a letter, but the options have the letters")
+        path = write(tmp_path, "q.jsonl", {**record, "answer": text, "taught": letter})
+        fails(path, f"line 1: 'taught', {letter!r}, is a letter, but the options have")
+    [sample] = data.load(write(tmp_path, "q.jsonl", {**record, "answer": text}))
+    assert (sample.answer, sample.domain) == ("B", "choice")
+
+
+@pytest.mark.parametrize("listed", ["A. blue\nB. red", "(a) blue (b) red. Choose one."])
+@pytest.mark.parametrize("answer", ["B", "red", 0])
+def test_options_in_the_question_and_beside_it_have_the_same_letters(tmp_path, listed, answer):
+    """The question got both lists, so that "B" was red and blue."""
+    record = {**COLOUR, "question": f"Which?\n{listed}", "options": ["red", "blue"]}
+    fails(write(tmp_path, "q.jsonl", {**record, "answer": answer}),
+          "line 1: 'options' are also in the question, with other letters")
+    record["options"] = ["B. red", "A. blue"]              # in another order, with the same letters
+    [sample] = data.load(write(tmp_path, "q.jsonl", {**record, "answer": "red"}))
+    assert (sample.answer.upper(), sample.question) == ("B", record["question"])
+    record["options"] = ["A. red", "B. green"]             # those in the question are others
+    [sample] = data.load(write(tmp_path, "q.jsonl", {**record, "answer": "red"}))
+    assert sample.question.endswith("\nA. red\nB. green")
+
+
 def test_an_answer_of_5000_digits_is_text(tmp_path):
     """Python refuses to make a number of it."""
     record = {**COLOUR, "options": ["9" * 5000, "8"], "answer": "9" * 5000}
