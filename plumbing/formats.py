@@ -10,12 +10,10 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import fields
 from functools import cache
 
 from rapidfuzz.distance import OSA
 
-from flow import Sample
 from plumbing.choices import (
     NoFit,
     append_options,
@@ -25,22 +23,9 @@ from plumbing.choices import (
     guess_domain,
     read_options,
 )
-from plumbing.forms import questions_in
+from plumbing.forms import NAMES, OF_FORMS, OURS, names_in, questions_in, with_common_names
 
-# Our name -> the names that are read, ours first. If a record has several, the first counts.
-NAMES = {field.name: (field.name,) for field in fields(Sample)}
-NAMES |= {
-    "id": ("id", "problem_id", "question_id"),   # LongVideo-Reason, Video-R1; Video-MME, MLVU
-    "question": ("question", "problem"),         # LongVideo-Reason, Video-R1, EasyR1
-    "answer": ("answer", "solution", "correct_choice"),      # Video-R1; LongVideoBench
-    "video": ("video", "videos", "video_path", "path", "video_name", "images", "image"),
-    "thought": ("thought", "reasoning", "process"),          # LongVideo-Reason; Video-R1
-    "options": ("options", "candidates", "choices")}         # MVBench, MLVU, LongVideoBench
-OURS = {name: ours for ours, names in NAMES.items() for name in names}
 REQUIRED = ("question", "answer", "video")
-# Names that only `with_common_names` and `questions_in` read.
-OF_FORMS = ("conversations", "questions", "videoID", "option0", "option1", "option2", "option3",
-            "option4")
 KNOWN = {*OURS, *OF_FORMS}
 TYPED = (*NAMES, "candidates")                   # names that a typing error may have spoilt
 
@@ -123,29 +108,6 @@ def parse(source, text, first=1):
 # --------------------------------------------------------------------------------------------------
 # fields
 
-def names_in(record):
-    """{our name: the name that a record has for it}, without empty ones"""
-    found = {}
-    for name, value in record.items():
-        ours = OURS.get(name)
-        if ours is None or value is None or value == []:
-            continue
-        if ours not in found or NAMES[ours].index(name) < NAMES[ours].index(found[ours]):
-            found[ours] = name
-    return found
-
-
-def with_common_names(record):
-    """Video-MME's videos are named after "videoID"; LongVideoBench's tables have a column for each
-    option, "N/A" where there are fewer."""
-    if isinstance(record.get("videoID"), str) and "video" not in names_in(record):
-        record = {**record, "video": f"{record['videoID']}.mp4"}
-    if "option0" in record and "options" not in names_in(record):
-        columns = [record.get(f"option{i}") for i in range(5)]
-        record = {**record, "options": [text for text in columns if text not in (None, "N/A")]}
-    return record
-
-
 def sample_fields(record, where):
     """The fields of `Sample` that a record has, in any of the known forms. -> {name: text}, without
     white space at the ends
@@ -154,7 +116,8 @@ def sample_fields(record, where):
     "choice" if none is given. Raises ValueError, which begins with `where`.
     """
     check_names(record, where)
-    record = with_common_names(record)
+    as_written = record
+    record = with_common_names(as_written, where)
     names = names_in(record)
     texts = {}
     for ours, name in names.items():
@@ -165,17 +128,29 @@ def sample_fields(record, where):
             texts[ours] = as_text(record[name], about)
     for name in REQUIRED:
         if name not in texts:
-            others = " or ".join(map(repr, NAMES[name]))
-            found = ", ".join(map(repr, record)) or "nothing"
-            raise ValueError(f"{where}: no {others}; found: {found[:300]}")
+            raise ValueError(f"{where}: no {missing(name, as_written)}")
     texts["question"] = without_pads(texts["question"])
     texts |= untagged(texts, where)
     for name in REQUIRED:
         if not texts[name]:
             raise ValueError(f"{where}: an empty {name!r}")
-    if "options" in names:
-        add_options(texts, record, names, where)
+    options = options_beside(record, names, where)
+    if options:
+        add_options(texts, options, record, names, where)
+    elif names["answer"] == "correct_choice":
+        raise ValueError(f"{where}: 'correct_choice' is {texts['answer'][:80]!r}, the place of an "
+                         "option, but there are no options; expected them in 'candidates'")
     return texts
+
+
+def missing(ours, record):
+    """The names that a required field may have, and what the record has instead."""
+    names = " or ".join(map(repr, NAMES[ours]))
+    empty = [name for name, value in record.items() if value in (None, [])]
+    said = "".join(f"; {name!r} is {json.dumps(record[name])}" for name in empty
+                   if name in NAMES[ours])
+    others = ", ".join(repr(name) for name in record if name not in empty) or "nothing"
+    return f"{names}{said}; found: {others[:300]}"
 
 
 def check_names(record, where):
@@ -248,32 +223,38 @@ def untagged(texts, where):
     return {"answer": answer, "thought": thought}
 
 
-def add_options(texts, record, names, where):
-    """Append the options to the question, and make letters of the answers. names: `names_in`"""
-    about = f"{where}: {names['options']!r}"
+def options_beside(record, names, where):
+    """-> {letter: text}, {} if there are none beside the question. names: `names_in`"""
+    if "options" not in names:
+        return {}
     try:
         options = read_options(record[names["options"]])
-        if not options:
-            return
-        for letter, text in options.items():
-            as_text(text, f"{where}: option {letter}")
-        question = append_options(texts["question"], options)
-        about = f"{where}: the answer {texts['answer'][:80]!r}"
-        answer = texts["answer"]
+    except NoFit as e:
+        raise ValueError(f"{where}: {names['options']!r} {one_line(e)}") from None
+    for letter, text in options.items():
+        as_text(text, f"{where}: option {letter}")
+    return options
+
+
+def add_options(texts, options, record, names, where):
+    """Append the options to the question, and make letters of the answers. names: `names_in`"""
+    answer, taught = texts["answer"], texts.get("taught", "")
+    value = record[names["options"]]
+    try:
+        about = f"{where}: {names['options']!r}"
+        texts["question"] = append_options(texts["question"], options)
+        about = f"{where}: the answer {answer[:80]!r}"
         if isinstance(record[names["answer"]], (int, float)):
             answer = record[names["answer"]]
-        check_letter(answer, record[names["options"]])
-        letter = choose(answer, options, is_index=names["answer"] == "correct_choice")
-        about = f"{where}: 'taught', {texts.get('taught', '')[:80]!r},"
-        check_letter(texts.get("taught", ""), record[names["options"]])
-        taught = choose(texts["taught"], options) if texts.get("taught") else ""
+        check_letter(answer, value)
+        texts["answer"] = choose(answer, options, is_index=names["answer"] == "correct_choice")
+        about = f"{where}: 'taught', {taught[:80]!r},"
+        if taught:
+            check_letter(taught, value)
+            texts["taught"] = choose(taught, options)
     except NoFit as e:
         raise ValueError(f"{about} {one_line(e)}") from None
-    texts["question"] = question
-    texts["answer"] = letter
     texts["domain"] = texts.get("domain") or "choice"
-    if taught:
-        texts["taught"] = taught
 
 
 # --------------------------------------------------------------------------------------------------
@@ -302,7 +283,7 @@ def read_samples(source, domains, say):
             texts["id"] = id
             if question.get("fps") is not None:            # only of a folder of pictures
                 texts["fps"] = question["fps"]
-            unused.update(names_unused(question))
+            unused.update(names_unused(question, where))
             yield where, texts
     if unused:
         names = ", ".join(f"{name!r} ({n})" for name, n in unused.items())
@@ -314,10 +295,11 @@ def read_samples(source, domains, say):
             "decide which verifier grades them")
 
 
-def names_unused(record):
+def names_unused(record, where):
+    record = with_common_names(record, where)
     used = names_in(record).values()
     return [name for name, value in record.items()
-            if name not in (*used, *OF_FORMS, "fps") and value not in (None, [])]
+            if name not in (*used, "fps") and value not in (None, [])]
 
 
 def set_domain(texts, record, domains, where):

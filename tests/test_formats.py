@@ -197,6 +197,28 @@ def test_a_conversation_that_is_none_is_named(tmp_path, said, says):
     fails(write(tmp_path, "q.json", {"video": "a.mp4", "conversations": said}), says)
 
 
+TALK = [{"from": "human", "value": "How?"}, {"from": "gpt", "value": "3"}]
+
+
+@pytest.mark.parametrize("fields, says", [
+    ({"conversations": TALK, "question": "x"}, "both 'conversations' and 'question'"),
+    ({"conversations": TALK, "solution": "x"}, "both 'conversations' and 'solution'"),
+    ({"conversations": TALK, "questions": [GOOD]}, "both 'conversations' and 'questions'"),
+    ({"questions": [GOOD], "problem": "x"}, "both 'questions' and 'problem'"),
+    ({"questions": [GOOD], "answer": "x"}, "both 'questions' and 'answer'"),
+    ({"questions": []}, "'questions' is an empty list")])
+def test_questions_in_two_places_of_a_record_are_refused(tmp_path, fields, says):
+    """Those in one of the places were lost without a word."""
+    fails(write(tmp_path, "q.jsonl", GOOD, {"video": "a.mp4", **fields}), f"line 2: {says}")
+
+
+def test_what_is_null_beside_conversations_is_nothing(tmp_path):
+    """Tables have a column for each field that any record has."""
+    record = {"video": "a.mp4", "conversations": TALK, "question": None, "questions": []}
+    assert data.load(write(tmp_path, "q.jsonl", record))[0].question == "How?"
+    assert data.load(write(tmp_path, "q.jsonl", {**GOOD, "questions": []}))[0].answer == "3"
+
+
 # --------------------------------------------------------------------------------------------------
 # options beside the question
 
@@ -269,6 +291,30 @@ def test_options_in_the_question_and_beside_it_have_the_same_letters(tmp_path, l
     assert sample.question.endswith("\nA. red\nB. green")
 
 
+@pytest.mark.parametrize("columns, says", [
+    (["red", "N/A", "blue", "green"], "no option in 'option1', but one in 'option3'"),
+    (["red", None, "blue"], "no option in 'option1', but one in 'option2'"),
+    ([None, "red", "blue"], "no option in 'option0', but one in 'option2'"),
+    (["N/A", "N/A"], "'correct_choice' is '1', the place of an option, but there are no options")])
+def test_a_place_among_columns_of_options_is_that_of_the_column(tmp_path, columns, says):
+    """An "N/A" in the middle was left out, so that 2 was "green"; without the first column all were
+    ignored."""
+    record = {**COLOUR, "correct_choice": 1}
+    record |= {f"option{i}": text for i, text in enumerate(columns)}
+    fails(write(tmp_path, "q.jsonl", record), f"line 1: {says}")
+    if columns[0] is None:
+        del record["option0"]
+        fails(write(tmp_path, "q.jsonl", record), f"line 1: {says}")
+
+
+@pytest.mark.parametrize("fields", [{}, {"candidates": []}, {"options": None}, {"options": " "}])
+def test_a_place_without_options_is_refused(tmp_path, fields):
+    """It became the gold answer "1" of a count."""
+    for place in (1, 1.0, "1"):
+        path = write(tmp_path, "q.jsonl", {**COLOUR, **fields, "correct_choice": place})
+        fails(path, f"line 1: 'correct_choice' is '{place}', the place of an option, but there are")
+
+
 def test_an_answer_of_5000_digits_is_text(tmp_path):
     """Python refuses to make a number of it."""
     record = {**COLOUR, "options": ["9" * 5000, "8"], "answer": "9" * 5000}
@@ -302,6 +348,19 @@ def test_unknown_fields_are_said_once(tmp_path, capsys):
     data.load(path)
     assert capsys.readouterr().out.strip() == lines[0]
     assert data.load(write(tmp_path, "q.jsonl", GOOD), say=lines.append) and len(lines) == 1
+
+
+def test_names_of_other_forms_are_said_if_they_are_not_used(tmp_path):
+    """They were passed over, whether their form was read or not."""
+    lines = []
+    record = {**GOOD, "videoID": "b", "questions": "three", "option0": "red", "option1": "blue"}
+    path = write(tmp_path, "q.jsonl", {**record, "options": ["2", "3"]})
+    assert data.load(path, say=lines.append)[0].answer == "B"
+    assert lines == [f"{path}: fields that are not used (in so many samples): 'videoID' (1), "
+                     "'questions' (1), 'option0' (1), 'option1' (1)"]
+    record = {**without(record, "video"), "questions": None, "answer": "blue"}
+    assert data.load(write(tmp_path, "q.jsonl", record), say=lines.append)[0].answer == "B"
+    assert len(lines) == 1
 
 
 @pytest.mark.parametrize("typed, ours", [
@@ -434,6 +493,9 @@ BAD = [                # file, its records, what the message must say beside the
      "the answer 'F' is none of the options in the question: A. x, B. y"),
     ("q.jsonl", [{**GOOD, "question": "Which? (A) x (B) y", "answer": "(B) x"}],
      "the answer '(B) x' does not fit the options in the question"),
+    ("q.jsonl", [{**GOOD, "answer": None}], "no 'answer' or 'solution' or 'correct_choice'; "
+     "'answer' is null; found: 'video', 'question'"),
+    ("q.json", [{**ITEM, "videos": []}], "; 'videos' is []; found: 'problem_id', 'data_type', "),
     ("q.jsonl", [{"x": 1, "y": 2}], "line 1: no 'question' or 'problem'; found: 'x', 'y'"),
     ("q.jsonl", [{}], "found: nothing"),
     ("q.json", [ITEM, 5], "item 1: expected an object"),
