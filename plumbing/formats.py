@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from functools import cache
+from itertools import count
 
 from rapidfuzz.distance import OSA
 
@@ -34,6 +35,7 @@ BINARY = {b"PAR1": "a parquet file", b"\x1f\x8b": "compressed with gzip",
           b"PK\x03\x04": "a zip archive", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
 NOT_UTF8 = re.compile("[\udc80-\udcff]")         # bytes that were read as "surrogateescape"
 LONG_NUMBER = re.compile(r"\d{4301}")            # Python refuses to read more digits
+STRING_OR_END = re.compile(r'"(?:[^"\\]|\\.)*"|\}')
 DEEP = re.compile(r'(?:[\[{]\s*(?:"[^"]*"\s*:\s*)?){200}')
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -78,6 +80,25 @@ def read_lines(source, file):
             yield f"{source}, line {number}", parse(source, line, number)
 
 
+class Twice(Exception):
+    """A key that an object has twice. args: the key, and how many objects ended before this one."""
+
+
+def unique_keys():
+    """-> an object_pairs_hook for json.loads, to be used once. It raises Twice."""
+    places = count()
+
+    def object_of(pairs):
+        place = next(places)
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise Twice(key, place)
+        return fields
+
+    return object_of
+
+
 def parse(source, text, first=1):
     """The JSON value that text is. first: the number of its first line, for errors."""
     def line_of(match):
@@ -90,7 +111,12 @@ def parse(source, text, first=1):
         raise ValueError(f"{source}, line {line_of(wrong)}: not UTF-8 text (byte 0x{byte:02x} in "
                          f"column {column})")
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys())
+    except Twice as e:
+        key, place = e.args
+        ends = [match for match in STRING_OR_END.finditer(text) if match[0] == "}"]
+        raise ValueError(f"{source}, line {line_of(ends[place])}: the key {key[:80]!r} is twice in "
+                         "one object; keep one of them") from None
     except json.JSONDecodeError as e:
         hint = ""
         if e.msg == "Extra data" and source.lower().endswith(".json"):

@@ -538,6 +538,21 @@ def test_what_is_no_utf8_is_named_with_its_place(tmp_path, name):
     fails(str(tmp_path / name), f"line 2: not UTF-8 text (byte 0xe9 in column {column})")
 
 
+TWICE = '{"video": "a}.mp4", "question": "\\"}?",\n "answer": "1", "answer": "2"}'
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("q.jsonl", json.dumps(GOOD) + "\n" + TWICE.replace("\n", ""), "line 2: the key 'answer'"),
+    ("q.jsonl", TWICE.replace("\n", "").replace('"2"', '"1"'), "line 1: the key 'answer'"),
+    ("q.json", f"[{json.dumps(GOOD)},\n{TWICE},\n{json.dumps(GOOD)}]", "line 3: the key 'answer'"),
+    ("q.jsonl", '{"options": {"A": "x", "A": "y"}}', "line 1: the key 'A'"),
+    ("q.json", '[{"questions": [\n{"a": {},\n"a": {"b": {}}}\n]\n}]', "line 3: the key 'a'")])
+def test_a_key_that_is_twice_in_an_object_is_named(tmp_path, name, text, says):
+    """The second was taken, and the first lost without a word."""
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    fails(str(tmp_path / name), f"{says} is twice in one object")
+
+
 @pytest.mark.parametrize("head, says", [
     (b"PAR1\x15\x04", "a parquet file"), (b"\x1f\x8b\x08", "gzip"), (b"PK\x03\x04", "zip"),
     ("{}".encode("utf-16"), "UTF-16")])
