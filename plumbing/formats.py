@@ -35,7 +35,7 @@ BINARY = {b"PAR1": "a parquet file", b"\x1f\x8b": "compressed with gzip",
           b"PK\x03\x04": "a zip archive", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
 NOT_UTF8 = re.compile("[\udc80-\udcff]")         # bytes that were read as "surrogateescape"
 LONG_NUMBER = re.compile(r"\d{4301}")            # Python refuses to read more digits
-STRING_OR_END = re.compile(r'"(?:[^"\\]|\\.)*"|\}')
+STRING_OR_END = re.compile(r'"(?:[^"\\]|\\.)*"|\}')    # a "}" in a string ends no object
 DEEP = re.compile(r'(?:[\[{]\s*(?:"[^"]*"\s*:\s*)?){200}')
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
