@@ -14,6 +14,8 @@ BARE = re.compile(r"(?:^|(?<=[.?!:]\s)|(?<=\s)(?!A))([A-Z])[ \t]+(?=\S)", re.MUL
 ALONE = re.compile(r"(?:(?:option|answer|choice)\b[\s:]*)?[*(\[（]*([A-Za-z])[*)\]）.:．：、]*",
                    re.IGNORECASE)
 WITH_TEXT = re.compile(r"[*(\[（]*([A-Za-z])([*)\]）.:．：、]+\s*|\s+)(\S.*)", re.DOTALL)
+# An option in a list, with its letter.
+LETTERED = re.compile(r"[(\[（]?([A-Za-z])[)\]）.:．：、]\s*(\S.*)", re.DOTALL)
 
 
 class NoFit(ValueError):
@@ -107,11 +109,22 @@ def read_options(value):
         return {}
     if not 2 <= len(texts) <= len(ascii_uppercase):
         raise NoFit(f"are {len(texts)}; expected 2 to {len(ascii_uppercase)}")
-    lettered = [re.fullmatch(r"[(\[（]?([A-Za-z])[)\]）.:．：、]\s*(\S.*)", text, re.DOTALL)
-                for text in texts]
+    lettered = [LETTERED.fullmatch(text) for text in texts]
     if all(lettered) and are_letters([match[1] for match in lettered]):
         return {match[1].upper(): match[2] for match in lettered}
     return dict(zip(ascii_uppercase, texts))
+
+
+def check_letter(answer, value):
+    """Raises NoFit for an answer that is a letter, if the options of a record have letters of their
+    own that are not A, B, C, ...: in "A. red", "C. blue" the letter B may be none or "C. blue"."""
+    if not isinstance(value, list) or not ALONE.fullmatch(str(answer).strip()):
+        return
+    lettered = [LETTERED.fullmatch(option_text(text)) for text in value]
+    if all(lettered) and not are_letters([match[1] for match in lettered]):
+        letters = ", ".join(match[1] for match in lettered)
+        raise NoFit(f"is a letter, but the options have the letters {letters}, expected A, B, C, "
+                    "...: write the text of the option")
 
 
 def are_letters(names):
@@ -131,12 +144,15 @@ def option_text(value):
 
 
 def append_options(question, options):
-    """The question with its options, a line each, unless it lists them already."""
-    listed = find_options(question)
-    if len(listed) == len(options):
-        texts = zip(listed.values(), options.values())
-        if all(starts_with(first_line(text), first_line(other)) for text, other in texts):
+    """The question with its options, a line each, unless it lists them already. Raises NoFit if it
+    lists them with other letters."""
+    listed = {letter.upper(): text for letter, text in find_options(question).items()}
+    if {*listed} == {*options}:
+        if all(starts_with(text, first_line(options[letter])) for letter, text in listed.items()):
             return question
+        texts = [first_line(text) for text in options.values()]
+        if all(any(starts_with(text, other) for other in texts) for text in listed.values()):
+            raise NoFit("are also in the question, with other letters: leave them out there")
     return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())])
 
 

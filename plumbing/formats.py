@@ -10,29 +10,23 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import fields
 from functools import cache
+from itertools import count
 
 from rapidfuzz.distance import OSA
 
-from flow import Sample
-from plumbing.choices import NoFit, append_options, choice_in, choose, guess_domain, read_options
-from plumbing.forms import questions_in
+from plumbing.choices import (
+    NoFit,
+    append_options,
+    check_letter,
+    choice_in,
+    choose,
+    guess_domain,
+    read_options,
+)
+from plumbing.forms import NAMES, OF_FORMS, OURS, names_in, questions_in, with_common_names
 
-# Our name -> the names that are read, ours first. If a record has several, the first counts.
-NAMES = {field.name: (field.name,) for field in fields(Sample)}
-NAMES |= {
-    "id": ("id", "problem_id", "question_id"),   # LongVideo-Reason, Video-R1; Video-MME, MLVU
-    "question": ("question", "problem"),         # LongVideo-Reason, Video-R1, EasyR1
-    "answer": ("answer", "solution", "correct_choice"),      # Video-R1; LongVideoBench
-    "video": ("video", "videos", "video_path", "path", "video_name", "images", "image"),
-    "thought": ("thought", "reasoning", "process"),          # LongVideo-Reason; Video-R1
-    "options": ("options", "candidates", "choices")}         # MVBench, MLVU, LongVideoBench
-OURS = {name: ours for ours, names in NAMES.items() for name in names}
 REQUIRED = ("question", "answer", "video")
-# Names that only `with_common_names` and `questions_in` read.
-OF_FORMS = ("conversations", "questions", "videoID", "option0", "option1", "option2", "option3",
-            "option4")
 KNOWN = {*OURS, *OF_FORMS}
 TYPED = (*NAMES, "candidates")                   # names that a typing error may have spoilt
 
@@ -41,6 +35,7 @@ BINARY = {b"PAR1": "a parquet file", b"\x1f\x8b": "compressed with gzip",
           b"PK\x03\x04": "a zip archive", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
 NOT_UTF8 = re.compile("[\udc80-\udcff]")         # bytes that were read as "surrogateescape"
 LONG_NUMBER = re.compile(r"\d{4301}")            # Python refuses to read more digits
+STRING_OR_END = re.compile(r'"(?:[^"\\]|\\.)*"|\}')    # a "}" in a string ends no object
 DEEP = re.compile(r'(?:[\[{]\s*(?:"[^"]*"\s*:\s*)?){200}')
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -85,6 +80,25 @@ def read_lines(source, file):
             yield f"{source}, line {number}", parse(source, line, number)
 
 
+class Twice(Exception):
+    """A key that an object has twice. args: the key, and how many objects ended before this one."""
+
+
+def unique_keys():
+    """-> an object_pairs_hook for json.loads, to be used once. It raises Twice."""
+    places = count()
+
+    def object_of(pairs):
+        place = next(places)
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise Twice(key, place)
+        return fields
+
+    return object_of
+
+
 def parse(source, text, first=1):
     """The JSON value that text is. first: the number of its first line, for errors."""
     def line_of(match):
@@ -97,7 +111,12 @@ def parse(source, text, first=1):
         raise ValueError(f"{source}, line {line_of(wrong)}: not UTF-8 text (byte 0x{byte:02x} in "
                          f"column {column})")
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys())
+    except Twice as e:
+        key, place = e.args
+        ends = [match for match in STRING_OR_END.finditer(text) if match[0] == "}"]
+        raise ValueError(f"{source}, line {line_of(ends[place])}: the key {key[:80]!r} is twice in "
+                         "one object; keep one of them") from None
     except json.JSONDecodeError as e:
         hint = ""
         if e.msg == "Extra data" and source.lower().endswith(".json"):
@@ -115,29 +134,6 @@ def parse(source, text, first=1):
 # --------------------------------------------------------------------------------------------------
 # fields
 
-def names_in(record):
-    """{our name: the name that a record has for it}, without empty ones"""
-    found = {}
-    for name, value in record.items():
-        ours = OURS.get(name)
-        if ours is None or value is None or value == []:
-            continue
-        if ours not in found or NAMES[ours].index(name) < NAMES[ours].index(found[ours]):
-            found[ours] = name
-    return found
-
-
-def with_common_names(record):
-    """Video-MME's videos are named after "videoID"; LongVideoBench's tables have a column for each
-    option, "N/A" where there are fewer."""
-    if isinstance(record.get("videoID"), str) and "video" not in names_in(record):
-        record = {**record, "video": f"{record['videoID']}.mp4"}
-    if "option0" in record and "options" not in names_in(record):
-        columns = [record.get(f"option{i}") for i in range(5)]
-        record = {**record, "options": [text for text in columns if text not in (None, "N/A")]}
-    return record
-
-
 def sample_fields(record, where):
     """The fields of `Sample` that a record has, in any of the known forms. -> {name: text}, without
     white space at the ends
@@ -146,7 +142,8 @@ def sample_fields(record, where):
     "choice" if none is given. Raises ValueError, which begins with `where`.
     """
     check_names(record, where)
-    record = with_common_names(record)
+    as_written = record
+    record = with_common_names(as_written, where)
     names = names_in(record)
     texts = {}
     for ours, name in names.items():
@@ -157,17 +154,29 @@ def sample_fields(record, where):
             texts[ours] = as_text(record[name], about)
     for name in REQUIRED:
         if name not in texts:
-            others = " or ".join(map(repr, NAMES[name]))
-            found = ", ".join(map(repr, record)) or "nothing"
-            raise ValueError(f"{where}: no {others}; found: {found[:300]}")
+            raise ValueError(f"{where}: no {missing(name, as_written)}")
     texts["question"] = without_pads(texts["question"])
     texts |= untagged(texts, where)
     for name in REQUIRED:
         if not texts[name]:
             raise ValueError(f"{where}: an empty {name!r}")
-    if "options" in names:
-        add_options(texts, record, names, where)
+    options = options_beside(record, names, where)
+    if options:
+        add_options(texts, options, record, names, where)
+    elif names["answer"] == "correct_choice":
+        raise ValueError(f"{where}: 'correct_choice' is {texts['answer'][:80]!r}, the place of an "
+                         "option, but there are no options; expected them in 'candidates'")
     return texts
+
+
+def missing(ours, record):
+    """The names that a required field may have, and what the record has instead."""
+    names = " or ".join(map(repr, NAMES[ours]))
+    empty = [name for name, value in record.items() if value in (None, [])]
+    said = "".join(f"; {name!r} is {json.dumps(record[name])}" for name in empty
+                   if name in NAMES[ours])
+    others = ", ".join(repr(name) for name in record if name not in empty) or "nothing"
+    return f"{names}{said}; found: {others[:300]}"
 
 
 def check_names(record, where):
@@ -225,44 +234,53 @@ def without_pads(question):
 def untagged(texts, where):
     """{"answer", "thought"} without their tags, which `taught_text` would write twice."""
     answer, thought = texts["answer"], texts.get("thought", "")
+    inner = re.fullmatch(r"<think>(.*)</think>", thought, re.DOTALL)
+    if inner:
+        thought = inner[1].strip()
     whole = re.fullmatch(r"(?:<think>(.*?)</think>\s*)?<answer>(.*)</answer>", answer, re.DOTALL)
     if whole:
         thought = thought or (whole[1] or "").strip()
         answer = whole[2].strip()
-    inner = re.fullmatch(r"<think>(.*)</think>", thought, re.DOTALL)
-    if inner:
-        thought = inner[1].strip()
     for name, text in (("answer", answer), ("thought", thought), ("taught", texts.get("taught"))):
         tags = [tag for tag in TAGS if tag in (text or "")]
         if tags:
             many = "; a sample has one answer" if name == "answer" else ""
             raise ValueError(f"{where}: {tags[0]} inside {name!r}, which is {text[:80]!r}{many}")
-    return {"answer": answer, "thought": thought} if thought else {"answer": answer}
+    return {"answer": answer, "thought": thought}
 
 
-def add_options(texts, record, names, where):
-    """Append the options to the question, and make letters of the answers. names: `names_in`"""
-    about = f"{where}: {names['options']!r}"
+def options_beside(record, names, where):
+    """-> {letter: text}, {} if there are none beside the question. names: `names_in`"""
+    if "options" not in names:
+        return {}
     try:
         options = read_options(record[names["options"]])
-        if not options:
-            return
-        for letter, text in options.items():
-            as_text(text, f"{where}: option {letter}")
-        about = f"{where}: the answer {texts['answer'][:80]!r}"
-        answer = texts["answer"]
+    except NoFit as e:
+        raise ValueError(f"{where}: {names['options']!r} {one_line(e)}") from None
+    for letter, text in options.items():
+        as_text(text, f"{where}: option {letter}")
+    return options
+
+
+def add_options(texts, options, record, names, where):
+    """Append the options to the question, and make letters of the answers. names: `names_in`"""
+    answer, taught = texts["answer"], texts.get("taught", "")
+    value = record[names["options"]]
+    try:
+        about = f"{where}: {names['options']!r}"
+        texts["question"] = append_options(texts["question"], options)
+        about = f"{where}: the answer {answer[:80]!r}"
         if isinstance(record[names["answer"]], (int, float)):
             answer = record[names["answer"]]
-        letter = choose(answer, options, is_index=names["answer"] == "correct_choice")
-        about = f"{where}: 'taught', {texts.get('taught', '')[:80]!r},"
-        taught = choose(texts["taught"], options) if texts.get("taught") else ""
+        check_letter(answer, value)
+        texts["answer"] = choose(answer, options, is_index=names["answer"] == "correct_choice")
+        about = f"{where}: 'taught', {taught[:80]!r},"
+        if taught:
+            check_letter(taught, value)
+            texts["taught"] = choose(taught, options)
     except NoFit as e:
         raise ValueError(f"{about} {one_line(e)}") from None
-    texts["question"] = append_options(texts["question"], options)
-    texts["answer"] = letter
     texts["domain"] = texts.get("domain") or "choice"
-    if taught:
-        texts["taught"] = taught
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,7 +309,7 @@ def read_samples(source, domains, say):
             texts["id"] = id
             if question.get("fps") is not None:            # only of a folder of pictures
                 texts["fps"] = question["fps"]
-            unused.update(names_unused(question))
+            unused.update(names_unused(question, where))
             yield where, texts
     if unused:
         names = ", ".join(f"{name!r} ({n})" for name, n in unused.items())
@@ -303,10 +321,11 @@ def read_samples(source, domains, say):
             "decide which verifier grades them")
 
 
-def names_unused(record):
+def names_unused(record, where):
+    record = with_common_names(record, where)
     used = names_in(record).values()
     return [name for name, value in record.items()
-            if name not in (*used, *OF_FORMS, "fps") and value not in (None, [])]
+            if name not in (*used, "fps") and value not in (None, [])]
 
 
 def set_domain(texts, record, domains, where):

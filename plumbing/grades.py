@@ -31,12 +31,17 @@ def read_grades(path, samples, model=None):
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file; evaluate.py --grade=true writes one")
-    with open(path, encoding="utf-8") as f:
-        lines = f.read().split("\n")[:-1]
+    with open(path, "rb") as f:
+        lines = f.read().split(b"\n")[:-1]
     by_id = {sample.id: sample for sample in samples}
     grades = {}
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
+        try:
+            line = line.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{where}: not UTF-8 text (byte 0x{line[e.start]:02x}); save it as "
+                             "UTF-8") from None
         try:
             row = json.loads(line)
             id, correct, total = str(row["id"]), float(row["correct"]), float(row["total"])

@@ -197,6 +197,28 @@ def test_a_conversation_that_is_none_is_named(tmp_path, said, says):
     fails(write(tmp_path, "q.json", {"video": "a.mp4", "conversations": said}), says)
 
 
+TALK = [{"from": "human", "value": "How?"}, {"from": "gpt", "value": "3"}]
+
+
+@pytest.mark.parametrize("fields, says", [
+    ({"conversations": TALK, "question": "x"}, "both 'conversations' and 'question'"),
+    ({"conversations": TALK, "solution": "x"}, "both 'conversations' and 'solution'"),
+    ({"conversations": TALK, "questions": [GOOD]}, "both 'conversations' and 'questions'"),
+    ({"questions": [GOOD], "problem": "x"}, "both 'questions' and 'problem'"),
+    ({"questions": [GOOD], "answer": "x"}, "both 'questions' and 'answer'"),
+    ({"questions": []}, "'questions' is an empty list")])
+def test_questions_in_two_places_of_a_record_are_refused(tmp_path, fields, says):
+    """Those in one of the places were lost without a word."""
+    fails(write(tmp_path, "q.jsonl", GOOD, {"video": "a.mp4", **fields}), f"line 2: {says}")
+
+
+def test_what_is_null_beside_conversations_is_nothing(tmp_path):
+    """Tables have a column for each field that any record has."""
+    record = {"video": "a.mp4", "conversations": TALK, "question": None, "questions": []}
+    assert data.load(write(tmp_path, "q.jsonl", record))[0].question == "How?"
+    assert data.load(write(tmp_path, "q.jsonl", {**GOOD, "questions": []}))[0].answer == "3"
+
+
 # --------------------------------------------------------------------------------------------------
 # options beside the question
 
@@ -238,6 +260,61 @@ def test_options_that_do_not_fit_are_refused(tmp_path, options, answer, says):
     fails(path, "line 1")
 
 
+@pytest.mark.parametrize("options, letters, text", [
+    (["A. red", "C. blue", "D. green"], "BCD", "C. blue"),
+    (["B. red", "C. blue"], "ABC", "C. blue"),
+    (["(A) red", "(A) blue"], "AB", "(A) blue"), (["G. Bush", "J. Smith"], "B", "J. Smith")])
+def test_letters_of_options_with_a_gap_or_twice_are_not_replaced(tmp_path, options, letters, text):
+    """"C" became the letter of "D. green"."""
+    record = {**COLOUR, "options": options, "thought": "So."}
+    for letter in letters:
+        path = write(tmp_path, "q.jsonl", {**record, "answer": letter})
+        fails(path, f"line 1: the answer {letter!r} is a letter, but the options have the letters")
+        path = write(tmp_path, "q.jsonl", {**record, "answer": text, "taught": letter})
+        fails(path, f"line 1: 'taught', {letter!r}, is a letter, but the options have")
+    [sample] = data.load(write(tmp_path, "q.jsonl", {**record, "answer": text}))
+    assert (sample.answer, sample.domain) == ("B", "choice")
+
+
+@pytest.mark.parametrize("listed", ["A. blue\nB. red", "(a) blue (b) red. Choose one."])
+@pytest.mark.parametrize("answer", ["B", "red", 0])
+def test_options_in_the_question_and_beside_it_have_the_same_letters(tmp_path, listed, answer):
+    """The question got both lists, so that "B" was red and blue."""
+    record = {**COLOUR, "question": f"Which?\n{listed}", "options": ["red", "blue"]}
+    fails(write(tmp_path, "q.jsonl", {**record, "answer": answer}),
+          "line 1: 'options' are also in the question, with other letters")
+    record["options"] = ["B. red", "A. blue"]              # in another order, with the same letters
+    [sample] = data.load(write(tmp_path, "q.jsonl", {**record, "answer": "red"}))
+    assert (sample.answer.upper(), sample.question) == ("B", record["question"])
+    record["options"] = ["A. red", "B. green"]             # those in the question are others
+    [sample] = data.load(write(tmp_path, "q.jsonl", {**record, "answer": "red"}))
+    assert sample.question.endswith("\nA. red\nB. green")
+
+
+@pytest.mark.parametrize("columns, says", [
+    (["red", "N/A", "blue", "green"], "no option in 'option1', but one in 'option3'"),
+    (["red", None, "blue"], "no option in 'option1', but one in 'option2'"),
+    ([None, "red", "blue"], "no option in 'option0', but one in 'option2'"),
+    (["N/A", "N/A"], "'correct_choice' is '1', the place of an option, but there are no options")])
+def test_a_place_among_columns_of_options_is_that_of_the_column(tmp_path, columns, says):
+    """An "N/A" in the middle was left out, so that 2 was "green"; without the first column all were
+    ignored."""
+    record = {**COLOUR, "correct_choice": 1}
+    record |= {f"option{i}": text for i, text in enumerate(columns)}
+    fails(write(tmp_path, "q.jsonl", record), f"line 1: {says}")
+    if columns[0] is None:
+        del record["option0"]
+        fails(write(tmp_path, "q.jsonl", record), f"line 1: {says}")
+
+
+@pytest.mark.parametrize("fields", [{}, {"candidates": []}, {"options": None}, {"options": " "}])
+def test_a_place_without_options_is_refused(tmp_path, fields):
+    """It became the gold answer "1" of a count."""
+    for place in (1, 1.0, "1"):
+        path = write(tmp_path, "q.jsonl", {**COLOUR, **fields, "correct_choice": place})
+        fails(path, f"line 1: 'correct_choice' is '{place}', the place of an option, but there are")
+
+
 def test_an_answer_of_5000_digits_is_text(tmp_path):
     """Python refuses to make a number of it."""
     record = {**COLOUR, "options": ["9" * 5000, "8"], "answer": "9" * 5000}
@@ -271,6 +348,19 @@ def test_unknown_fields_are_said_once(tmp_path, capsys):
     data.load(path)
     assert capsys.readouterr().out.strip() == lines[0]
     assert data.load(write(tmp_path, "q.jsonl", GOOD), say=lines.append) and len(lines) == 1
+
+
+def test_names_of_other_forms_are_said_if_they_are_not_used(tmp_path):
+    """They were passed over, whether their form was read or not."""
+    lines = []
+    record = {**GOOD, "videoID": "b", "questions": "three", "option0": "red", "option1": "blue"}
+    path = write(tmp_path, "q.jsonl", {**record, "options": ["2", "3"]})
+    assert data.load(path, say=lines.append)[0].answer == "B"
+    assert lines == [f"{path}: fields that are not used (in so many samples): 'videoID' (1), "
+                     "'questions' (1), 'option0' (1), 'option1' (1)"]
+    record = {**without(record, "video"), "questions": None, "answer": "blue"}
+    assert data.load(write(tmp_path, "q.jsonl", record), say=lines.append)[0].answer == "B"
+    assert len(lines) == 1
 
 
 @pytest.mark.parametrize("typed, ours", [
@@ -325,6 +415,17 @@ def test_two_answers_in_one_field_are_refused(tmp_path, record, answer):
 def test_a_thought_is_taught_with_its_tags_once(tmp_path, thought):
     [sample] = data.load(write(tmp_path, "q.jsonl", {**GOOD, "thought": thought}))
     assert data.taught_text(sample) == "<think>Two.</think><answer>3</answer>"
+
+
+@pytest.mark.parametrize("thought", ["<think></think>", " <think> \n </think>\n"])
+@pytest.mark.parametrize("name", ["thought", "process", "reasoning"])
+def test_an_empty_thought_in_tags_is_none(tmp_path, name, thought):
+    """It kept its tags, so that they were taught twice, and it hid the thought in the answer."""
+    [sample] = data.load(write(tmp_path, "q.jsonl", {**GOOD, name: thought}))
+    assert sample.thought == ""
+    answer = "<think>I see.</think><answer>3</answer>"
+    [sample] = data.load(write(tmp_path, "q.jsonl", {**GOOD, name: thought, "answer": answer}))
+    assert (sample.thought, sample.answer) == ("I see.", "3")
 
 
 @pytest.mark.parametrize("field, text", [
@@ -392,6 +493,9 @@ BAD = [                # file, its records, what the message must say beside the
      "the answer 'F' is none of the options in the question: A. x, B. y"),
     ("q.jsonl", [{**GOOD, "question": "Which? (A) x (B) y", "answer": "(B) x"}],
      "the answer '(B) x' does not fit the options in the question"),
+    ("q.jsonl", [{**GOOD, "answer": None}], "no 'answer' or 'solution' or 'correct_choice'; "
+     "'answer' is null; found: 'video', 'question'"),
+    ("q.json", [{**ITEM, "videos": []}], "; 'videos' is []; found: 'problem_id', 'data_type', "),
     ("q.jsonl", [{"x": 1, "y": 2}], "line 1: no 'question' or 'problem'; found: 'x', 'y'"),
     ("q.jsonl", [{}], "found: nothing"),
     ("q.json", [ITEM, 5], "item 1: expected an object"),
@@ -432,6 +536,21 @@ def test_what_is_no_utf8_is_named_with_its_place(tmp_path, name):
     (tmp_path / name).write_bytes(text.encode("latin-1"))
     column = text.split("\n")[1].index("é") + 1
     fails(str(tmp_path / name), f"line 2: not UTF-8 text (byte 0xe9 in column {column})")
+
+
+TWICE = '{"video": "a}.mp4", "question": "\\"}?",\n "answer": "1", "answer": "2"}'
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("q.jsonl", json.dumps(GOOD) + "\n" + TWICE.replace("\n", ""), "line 2: the key 'answer'"),
+    ("q.jsonl", TWICE.replace("\n", "").replace('"2"', '"1"'), "line 1: the key 'answer'"),
+    ("q.json", f"[{json.dumps(GOOD)},\n{TWICE},\n{json.dumps(GOOD)}]", "line 3: the key 'answer'"),
+    ("q.jsonl", '{"options": {"A": "x", "A": "y"}}', "line 1: the key 'A'"),
+    ("q.json", '[{"questions": [\n{"a": {},\n"a": {"b": {}}}\n]\n}]', "line 3: the key 'a'")])
+def test_a_key_that_is_twice_in_an_object_is_named(tmp_path, name, text, says):
+    """The second was taken, and the first lost without a word."""
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    fails(str(tmp_path / name), f"{says} is twice in one object")
 
 
 @pytest.mark.parametrize("head, says", [

@@ -47,6 +47,15 @@ def test_a_line_that_is_no_grade_is_named(tmp_path, bad):
         read_grades(path, SAMPLES)
 
 
+def test_grades_that_are_no_utf8_are_named(tmp_path):
+    """The error named neither the file nor the line."""
+    path = tmp_path / "grades.jsonl"
+    line = grade_line(SAMPLES[0], 1, 8, "a")
+    path.write_bytes((line + line.replace("q0", "é")).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"grades.jsonl, line 2: not UTF-8 text \(byte 0xe9\)"):
+        read_grades(str(path), SAMPLES)
+
+
 def test_grades_of_other_data_or_of_another_model_are_refused(tmp_path):
     path = written(tmp_path, grade_line(SAMPLES[0], 1, 8, "a"))
     other = [Sample("q0", "What is 0?", "zero", "count", "toy:0")]
