@@ -163,7 +163,7 @@ def sample_fields(record, where):
     options = options_beside(record, names, where)
     if options:
         add_options(texts, options, record, names, where)
-    elif names["answer"] == "correct_choice":
+    elif names["answer"] == "correct_choice" and re.fullmatch(r"\d+(\.0)?", texts["answer"]):
         raise ValueError(f"{where}: 'correct_choice' is {texts['answer'][:80]!r}, the place of an "
                          "option, but there are no options; expected them in 'candidates'")
     return texts
