@@ -18,6 +18,9 @@ from plumbing.containers import MOV, UNKNOWN, Packets, opened, read_packets
 from plumbing.frames import make_video, pick
 
 PROBED = 12            # frames decoded at opening, to see whether packets and frames agree
+# Codecs whose decoder gives a frame for each packet that is shown. Others have packets that mean "as
+# before", such as a VOP of MPEG-4 that is not coded.
+FRAME_EACH = ("h264", "hevc")
 NEAR = 8               # frames: a seek this far ahead costs as much as decoding them
 # Formats without an index: FFmpeg seeks a place in the file, and not a time, at once and exactly.
 BY_PLACE = ("mpegts", "mpeg", "mpegvideo", "h264", "hevc", "m4v")
@@ -150,14 +153,16 @@ def ascend(times):
 
 def decode_all(film):
     """Set the film's frames and times by a full decode, since its packets do not tell them. Raises
-    VideoError if a frame is damaged."""
+    VideoError if a frame is damaged or missing."""
     numbers, keys = [], []
+    in_fields = False
     with opened(film.path) as (container, stream):
         for number, _, frame in decode(film, container, stream, film.first):
             if frame.is_corrupt:
                 raise damaged(film, number)
             numbers.append(number)
             keys.append(frame.key_frame)
+            in_fields = in_fields or frame.interlaced_frame
     if not numbers:
         raise VideoError(f"{film.path}: no frame can be decoded")
     packets = film.packets
@@ -166,6 +171,8 @@ def decode_all(film):
     of_packet = np.maximum(ids, 0)
     stamps = packets.dts if film.kind == "avi" else packets.pts
     times = np.where(known, stamps[of_packet], UNKNOWN)
+    if not (film.codec == "h264" and in_fields):          # two packets may be fields of one frame
+        refuse_lost_frames(film, times)
     duration = packets.duration[of_packet[-1]]
     if film.codec == "h264":
         duration = 0                       # perhaps of one field
@@ -181,6 +188,17 @@ def decode_all(film):
     film.decoded = True
     film.seeks = True
     set_frames(film, ids, times, np.array(keys) & known & packets.key[of_packet], duration)
+
+
+def refuse_lost_frames(film, times):
+    """Raises VideoError if fewer frames were decoded, at the ticks `times`, than packets predict."""
+    if film.times is None or film.codec not in FRAME_EACH:
+        return
+    # A recording may begin in the middle: nothing is lost before the first frame that is decoded.
+    expected = np.count_nonzero(film.times >= times.min())
+    if len(times) < expected:
+        raise VideoError(f"{film.path}: damaged, only {len(times)} of {expected} frames can be "
+                         "decoded")
 
 
 def set_frames(film, ids, times, keys, duration):

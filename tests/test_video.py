@@ -340,6 +340,41 @@ def test_wrong_bits_in_h264_are_an_error_also_when_that_frame_is_not_wanted(tmp_
         open_file(path, 8).read(5, 8)
 
 
+HEVC = {"codec": "libx265", "x265-params": "log-level=none:keyint=40:pools=1"}
+
+
+@pytest.mark.parametrize("number", [5, 20])
+def test_a_frame_of_hevc_that_is_lost_is_an_error(tmp_path, number):
+    """The bug: FFmpeg gives no frame for the packet and no error; the film was 5 or 39 frames."""
+    path = Path(clip(tmp_path / "a.mp4", **HEVC))
+    with av.open(str(path)) as c:
+        packet = [p for p in c.demux(video=0) if p.size][number]
+    blob = path.read_bytes()
+    size = packet.size - 4
+    start = packet.pos + 4
+    path.write_bytes(blob[:start] + bytes(size) + blob[start + size:])
+    fails(path, "damaged, only")
+
+
+@pytest.mark.parametrize("name, how", [
+    ("a.mkv", dict(bf="0")),
+    ("a.mp4", {"codec": "libx265", "x265-params": "log-level=none:keyint=8:pools=1"}),
+])
+def test_a_film_without_one_of_its_key_packets_is_damaged(tmp_path, name, how):
+    """The bug: the frames that cannot be decoded were replaced by earlier ones."""
+    with av.open(clip(tmp_path / f"whole-{name}", **how)) as film:
+        stream = film.streams.video[0]
+        packets = [packet for packet in film.demux(stream) if packet.size]
+        second = [packet for packet in packets if packet.is_keyframe][1]
+        with av.open(str(tmp_path / name), "w") as out:
+            copy = out.add_stream_from_template(stream)
+            for packet in packets:
+                packet.stream = copy
+                if packet is not second:
+                    out.mux(packet)
+    fails(tmp_path / name, "damaged, only")
+
+
 def test_ffmpeg_is_quiet_and_its_settings_are_given_back(tmp_path, capfd):
     path = clip(tmp_path / "a.mp4")
     capfd.readouterr()
