@@ -43,9 +43,13 @@ def opened(path):
             streams = [stream for stream in container.streams.video if not is_cover(stream)]
             if not streams:
                 raise VideoError(f"{path}: no video stream in this file")
+            stream = max(streams, key=is_default)          # the first of equal ones
+            if stream.codec_context is None:
+                raise VideoError(f"{path}: its codec has no decoder here, or it is encrypted; "
+                                 "convert it to H.264 with a program that plays it")
             # FFmpeg takes all cores by default: one reader per GPU would starve the others.
-            streams[0].codec_context.thread_count = 1
-            yield container, streams[0]
+            stream.codec_context.thread_count = 1
+            yield container, stream
     except av.error.FFmpegError as e:
         cause = refused_format(path) or e.strerror
         raise VideoError(f"{path}: not decodable as video: {cause}") from e
@@ -60,6 +64,11 @@ def open_container(path):
 def is_cover(stream):
     """Whether the stream is the cover picture of a song."""
     return stream.disposition & av.stream.Disposition.attached_pic
+
+
+def is_default(stream):
+    """Whether the file says that players are to show this stream, of several."""
+    return bool(stream.disposition & av.stream.Disposition.default)
 
 
 def refuse_heif(path):

@@ -6,6 +6,7 @@ each frame. Frames are decoded on demand, from the key frame before each. Nothin
 on trust: a decoded frame tells which packet it is of, and where that is another one than the
 packets predict, the file is decoded from its start, and once as a whole.
 """
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, dropwhile, islice
@@ -18,8 +19,8 @@ from plumbing.containers import MOV, UNKNOWN, Packets, opened, read_packets
 from plumbing.frames import make_video, pick
 
 PROBED = 12            # frames decoded at opening, to see whether packets and frames agree
-# Codecs whose decoder gives a frame for each packet that is shown. Others have packets that mean "as
-# before", such as a VOP of MPEG-4 that is not coded.
+# Codecs whose decoder gives a frame for each packet that is shown. Others have packets that mean
+# "as before", such as a VOP of MPEG-4 that is not coded.
 FRAME_EACH = ("h264", "hevc")
 NEAR = 8               # frames: a seek this far ahead costs as much as decoding them
 # Formats without an index: FFmpeg seeks a place in the file, and not a time, at once and exactly.
@@ -191,7 +192,7 @@ def decode_all(film):
 
 
 def refuse_lost_frames(film, times):
-    """Raises VideoError if fewer frames were decoded, at the ticks `times`, than packets predict."""
+    """Raises VideoError if fewer frames were decoded, at the ticks `times`, than predicted."""
     if film.times is None or film.codec not in FRAME_EACH:
         return
     # A recording may begin in the middle: nothing is lost before the first frame that is decoded.
@@ -351,7 +352,7 @@ def packets_from(film, container, stream, number):
 
 
 def to_upright(frame, aspect):
-    """-> uint8 [H, W, 3], rotated as the file says, of square pixels; transparency (gif, some mov)
+    """-> uint8 [H, W, 3], turned as the file says, of square pixels; transparency (gif, some mov)
     becomes black. aspect: width / height of a pixel"""
     shape = {}
     if aspect != 1:
@@ -362,4 +363,21 @@ def to_upright(frame, aspect):
         rgb = ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
     else:
         rgb = frame.to_ndarray(format="rgb24", threads=1, **shape)
-    return np.rot90(rgb, frame.rotation // 90)             # both count counter-clockwise
+    mirrored, turns = orientation(frame)
+    if mirrored:
+        rgb = rgb[:, ::-1]
+    return np.rot90(rgb, turns)
+
+
+def orientation(frame):
+    """-> (whether to exchange left and right, how many quarter turns counter-clockwise to make
+    then). The frame's display matrix, of nine numbers, shows (x, y) at (ax + cy, bx + dy)."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, 0
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+    mirrored = a * d - b * c < 0
+    if mirrored:
+        a, b = -a, -b
+    # y counts downwards; of zeros, atan2 is 0.
+    return mirrored, -round(math.atan2(b, a) / (math.pi / 2))

@@ -424,6 +424,24 @@ def test_a_format_that_is_not_read_is_named_with_what_to_do(tmp_path):
     fails(tmp_path / "a.srt", "srt")
 
 
+def test_of_several_videos_the_one_marked_as_default_is_shown(tmp_path):
+    """The bug: the first one was, whatever the file says."""
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as out:
+        streams = []
+        for default in (False, True):
+            s = out.add_stream("libx264", rate=10, options={"bf": "0"})
+            s.width, s.height, s.pix_fmt = W, H, "yuv420p"
+            s.disposition = av.stream.Disposition.default if default else 0
+            streams.append(s)
+        for i in range(5):
+            for j, s in enumerate(streams):
+                out.mux(s.encode(av.VideoFrame.from_ndarray(paint(i + 10 * j), "rgb24")))
+        for s in streams:
+            out.mux(s.encode())
+    assert numbers(reads_alike(path, 5)) == list(range(10, 15))
+
+
 def test_a_name_with_a_colon_is_a_name(tmp_path):
     Path(clip(tmp_path / "a.mp4")).rename(tmp_path / "12:30.mp4")
     (tmp_path / "concat:a|b.mp4").write_bytes((tmp_path / "12:30.mp4").read_bytes())
