@@ -15,7 +15,7 @@ import av
 import numpy as np
 
 from flow import VideoError
-from plumbing.containers import MOV, UNKNOWN, Packets, opened, read_packets
+from plumbing.containers import MOV, UNKNOWN, Packets, opened, opened_strictly, read_packets
 from plumbing.frames import make_video, pick
 
 PROBED = 12            # frames decoded at opening, to see whether packets and frames agree
@@ -79,7 +79,7 @@ class Film:
 
 def index_film(path):
     """-> `Film`. Raises VideoError if packets are missing or damaged."""
-    with opened(path) as (container, stream):
+    with opened_strictly(path) as (container, stream):
         packets = read_packets(path, container, stream)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         # Packets before the first key refer to frames that are not in the file.
