@@ -16,7 +16,7 @@ import av
 import numpy as np
 
 from flow import VideoError
-from plumbing.mp4 import CHECKED, tabled_packets
+from plumbing.mp4 import CHECKED, fragment_is_cut, tabled_packets
 
 # A file of these formats is read on its own. Without this list FFmpeg also renders text as video,
 # and lets playlists open other files.
@@ -31,7 +31,9 @@ UNKNOWN = -2 ** 63             # a time or a place in the file that the containe
 NO_JUMP = 10                   # seconds between two frames; more is another recording, as in ffmpeg
 JOINABLE = ("mpegts", "mpeg")  # formats whose files may be joined by `cat`
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
-LOG_LOCK = threading.Lock()    # of FFmpeg's log level, which all threads share
+LOGGED = (b"\x1a\x45\xdf\xa3", b"OggS")   # files of matroska and ogg: only the log tells of damage
+OGG_PAGE = 27 + 255 + 255 * 255    # bytes at most
+LOG_LOCK = threading.RLock()   # of FFmpeg's log level, which all threads share
 
 
 @contextmanager
@@ -43,12 +45,31 @@ def opened(path):
             streams = [stream for stream in container.streams.video if not is_cover(stream)]
             if not streams:
                 raise VideoError(f"{path}: no video stream in this file")
+            stream = max(streams, key=is_default)          # the first of equal ones
+            if stream.codec_context is None:
+                raise VideoError(f"{path}: its codec has no decoder here, or it is encrypted; "
+                                 "convert it to H.264 with a program that plays it")
             # FFmpeg takes all cores by default: one reader per GPU would starve the others.
-            streams[0].codec_context.thread_count = 1
-            yield container, streams[0]
+            stream.codec_context.thread_count = 1
+            yield container, stream
     except av.error.FFmpegError as e:
         cause = refused_format(path) or e.strerror
         raise VideoError(f"{path}: not decodable as video: {cause}") from e
+
+
+@contextmanager
+def opened_strictly(path):
+    """As `opened`. Of formats whose damage FFmpeg only logs, that is a VideoError too, if nothing
+    else was wrong inside the `with`."""
+    with ffmpeg_log(part(path, 0, 4) in LOGGED) as log:
+        with opened(path) as (container, stream):
+            in_header = len(log)
+            yield container, stream
+    for i, (_, source, text) in enumerate(log):
+        # The header may have faults that leave the frames whole, as in a tag; not so these two.
+        grave = i >= in_header or "ended prematurely" in text or "CRC mismatch" in text
+        if grave and source == container.format.name:      # not a decoder
+            raise VideoError(f"{path}: cut off or damaged: {text.strip()}")
 
 
 def open_container(path):
@@ -60,6 +81,11 @@ def open_container(path):
 def is_cover(stream):
     """Whether the stream is the cover picture of a song."""
     return stream.disposition & av.stream.Disposition.attached_pic
+
+
+def is_default(stream):
+    """Whether the file says that players are to show this stream, of several."""
+    return bool(stream.disposition & av.stream.Disposition.default)
 
 
 def refuse_heif(path):
@@ -109,9 +135,8 @@ def read_packets(path, container, stream):
             return Packets(*tabled[:4], tabled[4].astype(bool), shown, end_of_empty=UNKNOWN)
         demuxed = chain(first, demuxed)
     look = LOOKS.get(codec, attrgetter(*COLUMNS))
-    with ffmpeg_log(kind.startswith("matroska")) as log:
-        # A packet at a time: an hour has 90,000. Times that are not known are nan.
-        table = np.fromiter(map(look, demuxed), DTYPE)
+    # A packet at a time: an hour has 90,000. Times that are not known are nan.
+    table = np.fromiter(map(look, demuxed), DTYPE)
     empty = table["size"] == 0                             # the film's end, or a repeated frame
     ends = whole(table["dts"][empty] + np.nan_to_num(table["duration"][empty]))
     table = table[~empty]
@@ -122,30 +147,47 @@ def read_packets(path, container, stream):
                       table["is_keyframe"], ~table["is_discard"], int(ends.max(initial=UNKNOWN)))
     joints = find_joints(packets, stream) if kind in JOINABLE else []
 
+    end = int(table["pos"][-1] + table["size"][-1])        # in bytes
     cut_off = False
     if kind == MOV:
         entries = stream.index_entries                     # by dts; none if fragmented
         cut_off = len(entries) > 0 and entries[-1].timestamp > packets.dts[-1]
+        cut_off = cut_off or fragment_is_cut(path)
     elif kind == "avi":
         # Its clock counts dropped frames too.
         cut_off = max(packets.end_of_empty, packets.dts[-1] + 1) < stream.frames
+    elif kind == "mxf":
+        cut_off = len(table) < (stream.duration or 0)
     elif kind == "gif":
-        cut_off = byte_at(path, int(table["pos"][-1] + table["size"][-1]) - 1) != b";"
+        cut_off = part(path, end - 1, 1) != b";"
+    elif kind == "yuv4mpegpipe":
+        cut_off = end < os.path.getsize(path)
+    elif kind == "ogg":
+        cut_off = not ends_with_last_page(path)
     # FFmpeg also marks one of the last two packets before a joint, where the count jumps.
     corrupt = set(np.flatnonzero(table["is_corrupt"]).tolist())
     if cut_off or corrupt - {number - back for number in joints for back in (1, 2)}:
         raise VideoError(f"{path}: cut off or damaged, only {len(table)} frames are whole")
-    for _, source, text in log:
-        if source == kind:                                 # the container, not a decoder
-            raise VideoError(f"{path}: cut off or damaged: {text.strip()}")
     make_one_recording(packets, joints)
     return packets
 
 
-def byte_at(path, pos):
+def part(path, pos, size):
+    """The bytes of a file from `pos` on, at most so many."""
     with open(path, "rb") as file:
         file.seek(pos)
-        return file.read(1)
+        return file.read(size)
+
+
+def ends_with_last_page(path):
+    """Whether the last page of an ogg is whole, and marked as the last one of a stream."""
+    start = max(0, os.path.getsize(path) - OGG_PAGE)
+    end = part(path, start, OGG_PAGE)
+    page = end[max(0, end.rfind(b"OggS")):]
+    if len(page) < 27:
+        return False
+    body = 27 + page[26]                                   # a byte for each segment, of its size
+    return page[5] & 4 and body + sum(page[27:body]) <= len(page)
 
 
 def find_joints(packets, stream):

@@ -6,6 +6,7 @@ each frame. Frames are decoded on demand, from the key frame before each. Nothin
 on trust: a decoded frame tells which packet it is of, and where that is another one than the
 packets predict, the file is decoded from its start, and once as a whole.
 """
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, dropwhile, islice
@@ -14,10 +15,13 @@ import av
 import numpy as np
 
 from flow import VideoError
-from plumbing.containers import MOV, UNKNOWN, Packets, opened, read_packets
+from plumbing.containers import MOV, UNKNOWN, Packets, opened, opened_strictly, read_packets
 from plumbing.frames import make_video, pick
 
 PROBED = 12            # frames decoded at opening, to see whether packets and frames agree
+# Codecs whose decoder gives a frame for each packet that is shown. Others have packets that mean
+# "as before", such as a VOP of MPEG-4 that is not coded.
+FRAME_EACH = ("h264", "hevc")
 NEAR = 8               # frames: a seek this far ahead costs as much as decoding them
 # Formats without an index: FFmpeg seeks a place in the file, and not a time, at once and exactly.
 BY_PLACE = ("mpegts", "mpeg", "mpegvideo", "h264", "hevc", "m4v")
@@ -75,7 +79,7 @@ class Film:
 
 def index_film(path):
     """-> `Film`. Raises VideoError if packets are missing or damaged."""
-    with opened(path) as (container, stream):
+    with opened_strictly(path) as (container, stream):
         packets = read_packets(path, container, stream)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         # Packets before the first key refer to frames that are not in the file.
@@ -150,14 +154,16 @@ def ascend(times):
 
 def decode_all(film):
     """Set the film's frames and times by a full decode, since its packets do not tell them. Raises
-    VideoError if a frame is damaged."""
+    VideoError if a frame is damaged or missing."""
     numbers, keys = [], []
+    in_fields = False
     with opened(film.path) as (container, stream):
         for number, _, frame in decode(film, container, stream, film.first):
             if frame.is_corrupt:
                 raise damaged(film, number)
             numbers.append(number)
             keys.append(frame.key_frame)
+            in_fields = in_fields or frame.interlaced_frame
     if not numbers:
         raise VideoError(f"{film.path}: no frame can be decoded")
     packets = film.packets
@@ -166,6 +172,8 @@ def decode_all(film):
     of_packet = np.maximum(ids, 0)
     stamps = packets.dts if film.kind == "avi" else packets.pts
     times = np.where(known, stamps[of_packet], UNKNOWN)
+    if not (film.codec == "h264" and in_fields):          # two packets may be fields of one frame
+        refuse_lost_frames(film, times)
     duration = packets.duration[of_packet[-1]]
     if film.codec == "h264":
         duration = 0                       # perhaps of one field
@@ -181,6 +189,17 @@ def decode_all(film):
     film.decoded = True
     film.seeks = True
     set_frames(film, ids, times, np.array(keys) & known & packets.key[of_packet], duration)
+
+
+def refuse_lost_frames(film, times):
+    """Raises VideoError if fewer frames were decoded, at the ticks `times`, than predicted."""
+    if film.times is None or film.codec not in FRAME_EACH:
+        return
+    # A recording may begin in the middle: nothing is lost before the first frame that is decoded.
+    expected = np.count_nonzero(film.times >= times.min())
+    if len(times) < expected:
+        raise VideoError(f"{film.path}: damaged, only {len(times)} of {expected} frames can be "
+                         "decoded")
 
 
 def set_frames(film, ids, times, keys, duration):
@@ -333,7 +352,7 @@ def packets_from(film, container, stream, number):
 
 
 def to_upright(frame, aspect):
-    """-> uint8 [H, W, 3], rotated as the file says, of square pixels; transparency (gif, some mov)
+    """-> uint8 [H, W, 3], turned as the file says, of square pixels; transparency (gif, some mov)
     becomes black. aspect: width / height of a pixel"""
     shape = {}
     if aspect != 1:
@@ -344,4 +363,21 @@ def to_upright(frame, aspect):
         rgb = ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
     else:
         rgb = frame.to_ndarray(format="rgb24", threads=1, **shape)
-    return np.rot90(rgb, frame.rotation // 90)             # both count counter-clockwise
+    mirrored, turns = orientation(frame)
+    if mirrored:
+        rgb = rgb[:, ::-1]
+    return np.rot90(rgb, turns)
+
+
+def orientation(frame):
+    """-> (whether to exchange left and right, how many quarter turns counter-clockwise to make
+    then). The frame's display matrix, of nine numbers, shows (x, y) at (ax + cy, bx + dy)."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, 0
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+    mirrored = a * d - b * c < 0
+    if mirrored:
+        a, b = -a, -b
+    # y counts downwards; of zeros, atan2 is 0.
+    return mirrored, -round(math.atan2(b, a) / (math.pi / 2))

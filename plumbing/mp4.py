@@ -65,6 +65,28 @@ def track_number(trak):
 
 def read_moov(path):
     """The content of the file's box "moov"; empty if there is none."""
+    for kind, start, size in top_boxes(path):
+        if kind == b"moov":
+            with open(path, "rb") as file:
+                file.seek(start)
+                return file.read(size)
+    return b""
+
+
+def fragment_is_cut(path):
+    """Whether one of the film's fragments, a "moof" and its "mdat", ends beyond the file."""
+    length = os.path.getsize(path)
+    in_fragments = False
+    for kind, start, size in top_boxes(path):
+        in_fragments = in_fragments or kind == b"moof"
+        if in_fragments and kind in (b"moof", b"mdat") and start + size > length:
+            return True
+    return False
+
+
+def top_boxes(path):
+    """Yields (kind, place of the content, its size) of the boxes of a file, of which it reads the
+    headers only."""
     with open(path, "rb") as file:
         while head := file.read(8):
             size, kind = struct.unpack(">I4s", head.ljust(8, b"\0"))
@@ -72,12 +94,11 @@ def read_moov(path):
             if size == 1:                                  # too large for 32 bits
                 [size] = struct.unpack(">Q", file.read(8).ljust(8, b"\0"))
                 body = 16
-            if kind == b"moov":
-                return file.read(size - body)
             if size < body:                                # 0: to the end of the file
-                break
-            file.seek(size - body, os.SEEK_CUR)
-    return b""
+                return
+            start = file.tell()
+            yield kind, start, size - body
+            file.seek(start + size - body)
 
 
 def boxes(data):

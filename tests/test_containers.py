@@ -234,6 +234,66 @@ def test_a_hole_in_a_transport_stream_is_damage(tmp_path):
     fails(tmp_path / "hole.ts", "damaged")
 
 
+def test_a_film_in_fragments_that_is_cut_off(tmp_path):
+    """The bug: cut inside a "moof", the header of a fragment, it was 16 frames without an error."""
+    path = Path(clip(tmp_path / "a.mp4", container={"movflags": "frag_keyframe+empty_moov"}))
+    moofs = [box for box in mp4.top_boxes(path) if box[0] == b"moof"]
+    _, start, size = moofs[2]
+    assert numbers(reads_alike(path, 40)) == list(range(40))
+    path.write_bytes(path.read_bytes()[:start + size // 2])
+    fails(path, "cut off or damaged, only 16 frames")
+
+
+@pytest.mark.parametrize("name, how", [
+    ("a.y4m", dict(codec="wrapped_avframe")), ("a.mxf", dict(codec="mpeg2video", rate=25))])
+def test_films_without_checksums_that_are_cut_off(tmp_path, name, how):
+    """The bug: the frames up to there were taken for the film."""
+    path = Path(clip(tmp_path / name, **how))
+    assert numbers(reads_alike(path, 40)) == list(range(40))
+    with av.open(str(path)) as film:
+        packet = [packet for packet in film.demux(video=0) if packet.size][30]
+    path.write_bytes(path.read_bytes()[:packet.pos + packet.size // 2])
+    fails(path, "cut off or damaged, only 3")               # an mxf counts the cut frame too
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+def test_a_short_matroska_that_is_cut_off_while_ffmpeg_probes_it(tmp_path, share):
+    """The bug: FFmpeg reads all of it at opening, where the log was not collected."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as out:
+        s = out.add_stream("libx264", rate=10, options={"g": "8"})
+        s.width, s.height, s.pix_fmt = W, H, "yuv420p"
+        out.add_stream("aac", rate=44100)                  # without packets: FFmpeg looks for some
+        for i in range(40):
+            out.mux(s.encode(av.VideoFrame.from_ndarray(paint(i), "rgb24")))
+        out.mux(s.encode())
+    assert numbers(reads_alike(path, 40)) == list(range(40))
+    blob = path.read_bytes()
+    path.write_bytes(blob[:int(share * len(blob))])
+    fails(path, "File ended prematurely")
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut between pages", "zeros"])
+def test_a_real_ogg_that_is_cut_off_or_damaged(tmp_path, damage):
+    """The bugs: half of it was 54 frames; with zeros in a page, 134 of 135."""
+    blob = case("RGB_Circles.ogv").read_bytes()
+    half = len(blob) // 2
+    damaged = {
+        "cut": blob[:half],
+        "cut between pages": blob[:blob.rindex(b"OggS", 0, half)],
+        "zeros": blob[:30_000] + bytes(40) + blob[30_040:],
+    }
+    (tmp_path / "a.ogv").write_bytes(damaged[damage])
+    fails(tmp_path / "a.ogv", "cut off or damaged")
+
+
+def test_a_damaged_header_of_an_ogg_or_matroska_is_an_error(tmp_path):
+    """The log is collected twice there: by the file's opening, and to look for the format."""
+    for start in (b"OggS", b"\x1a\x45\xdf\xa3"):
+        (tmp_path / "a.mkv").write_bytes(start + bytes(999))
+        fails(tmp_path / "a.mkv", "not decodable as video")
+
+
 class Bits:
     """Writes the syntax elements of H.264."""
 
@@ -422,6 +482,24 @@ def test_a_format_that_is_not_read_is_named_with_what_to_do(tmp_path):
     fails(path, "ffmpeg -i a.smjpeg -c copy video.mkv")
     (tmp_path / "a.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nWords.\n\n")
     fails(tmp_path / "a.srt", "srt")
+
+
+def test_of_several_videos_the_one_marked_as_default_is_shown(tmp_path):
+    """The bug: the first one was, whatever the file says."""
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as out:
+        streams = []
+        for default in (False, True):
+            s = out.add_stream("libx264", rate=10, options={"bf": "0"})
+            s.width, s.height, s.pix_fmt = W, H, "yuv420p"
+            s.disposition = av.stream.Disposition.default if default else 0
+            streams.append(s)
+        for i in range(5):
+            for j, s in enumerate(streams):
+                out.mux(s.encode(av.VideoFrame.from_ndarray(paint(i + 10 * j), "rgb24")))
+        for s in streams:
+            out.mux(s.encode())
+    assert numbers(reads_alike(path, 5)) == list(range(10, 15))
 
 
 def test_a_name_with_a_colon_is_a_name(tmp_path):

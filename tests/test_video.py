@@ -233,18 +233,43 @@ def test_rotation(tmp_path, turn):
     assert video.read(0, 1)[0, -1 if down else 0, -1 if right else 0].min() > 240
 
 
-def test_rotation_of_a_phone(tmp_path):
-    """The matrix in the header itself, as a phone held upright writes it: (x, y) is shown at
-    (-y, x), clockwise."""
-    path = Path(clip(tmp_path / "phone.mp4", pts=range(3), frames=[marked_frame()] * 3))
+def with_matrix(path, matrix):
+    """A film of `marked_frame` whose header has this display matrix."""
+    clip(path, pts=range(3), frames=[marked_frame()] * 3)
     blob = bytearray(path.read_bytes())
     at = blob.index(b"tkhd") + 44                          # 36 bytes, big-endian 16.16
     unturned = [1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30]
-    turned = [0, 1 << 16, 0, -1 << 16, 0, 0, H << 16, 0, 1 << 30]
     assert blob[at:at + 36] == np.array(unturned, ">i4").tobytes()
-    blob[at:at + 36] = np.array(turned, ">i4").tobytes()
+    blob[at:at + 36] = np.array(matrix, ">i4").tobytes()
     path.write_bytes(blob)
+    return path
+
+
+@pytest.mark.parametrize("abcd, turned", [
+    ((-1, 0, 0, 1), lambda frame: frame[:, ::-1]),
+    ((1, 0, 0, -1), lambda frame: frame[::-1]),
+    ((0, 1, 1, 0), lambda frame: frame.transpose(1, 0, 2)),
+    ((0, -1, -1, 0), lambda frame: frame[::-1, ::-1].transpose(1, 0, 2)),
+    ((0, 0, 0, 0), lambda frame: frame),
+    ((0.9, 0.4, -0.4, 0.9), lambda frame: frame),
+    ((0.4, 0.9, -0.9, 0.4), lambda frame: np.rot90(frame, -1)),
+], ids=["mirrored", "flipped", "transposed", "anti-transposed", "zeros", "24", "66"])
+def test_a_matrix_that_is_no_quarter_turn(tmp_path, abcd, turned):
+    """The bugs: mirrored and zeros came upside down, flipped and transposed wrong, 24 degrees and
+    more turned by 90."""
+    a, b, c, d = (int(value * (1 << 16)) for value in abcd)
+    path = with_matrix(tmp_path / "a.mp4", [a, b, 0, c, d, 0, 0, 0, 1 << 30])
     frames, _ = read_video(path, 1)
+    right = turned(marked_frame())
+    assert frames[0].shape == right.shape
+    assert np.abs(frames[0].astype(int) - right).max() < 12
+
+
+def test_rotation_of_a_phone(tmp_path):
+    """The matrix in the header itself, as a phone held upright writes it: (x, y) is shown at
+    (-y, x), clockwise."""
+    turned = [0, 1 << 16, 0, -1 << 16, 0, 0, H << 16, 0, 1 << 30]
+    frames, _ = read_video(with_matrix(tmp_path / "phone.mp4", turned), 1)
     assert frames.shape == (1, W, H, 3)
     assert frames[0, 0, -1].min() > 240 and frames[0, -1, 0].max() < 15
 
@@ -269,6 +294,19 @@ def test_errors_name_the_file_and_the_cause(tmp_path):
         out.mux(s.encode(sound))
         out.mux(s.encode())
     fails(tmp_path / "song.m4a", "no video stream")
+
+
+@pytest.mark.parametrize("name, codec, tag, other", [
+    ("a.mp4", "libx264", b"avc1", b"abcd"),
+    ("a.mp4", "libx264", b"avc1", b"encv"),
+    ("a.mkv", "libx264", b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/XYZ"),
+    ("a.avi", "mpeg4", b"FMP4", b"ZZZZ"),
+])
+def test_a_codec_without_a_decoder_is_named_with_what_to_do(tmp_path, name, codec, tag, other):
+    """The bug: "AttributeError: 'NoneType' object has no attribute 'thread_count'"."""
+    path = Path(clip(tmp_path / name, codec=codec))
+    path.write_bytes(path.read_bytes().replace(tag, other))
+    fails(path, "no decoder here, or it is encrypted; convert it")
 
 
 @pytest.mark.parametrize("frames", [0, -1])
@@ -338,6 +376,41 @@ def test_wrong_bits_in_h264_are_an_error_also_when_that_frame_is_not_wanted(tmp_
     fails(path, "")
     with pytest.raises(VideoError):
         open_file(path, 8).read(5, 8)
+
+
+HEVC = {"codec": "libx265", "x265-params": "log-level=none:keyint=40:pools=1"}
+
+
+@pytest.mark.parametrize("number", [5, 20])
+def test_a_frame_of_hevc_that_is_lost_is_an_error(tmp_path, number):
+    """The bug: FFmpeg gives no frame for the packet and no error; the film was 5 or 39 frames."""
+    path = Path(clip(tmp_path / "a.mp4", **HEVC))
+    with av.open(str(path)) as c:
+        packet = [p for p in c.demux(video=0) if p.size][number]
+    blob = path.read_bytes()
+    size = packet.size - 4
+    start = packet.pos + 4
+    path.write_bytes(blob[:start] + bytes(size) + blob[start + size:])
+    fails(path, "damaged, only")
+
+
+@pytest.mark.parametrize("name, how", [
+    ("a.mkv", dict(bf="0")),
+    ("a.mp4", {"codec": "libx265", "x265-params": "log-level=none:keyint=8:pools=1"}),
+])
+def test_a_film_without_one_of_its_key_packets_is_damaged(tmp_path, name, how):
+    """The bug: the frames that cannot be decoded were replaced by earlier ones."""
+    with av.open(clip(tmp_path / f"whole-{name}", **how)) as film:
+        stream = film.streams.video[0]
+        packets = [packet for packet in film.demux(stream) if packet.size]
+        second = [packet for packet in packets if packet.is_keyframe][1]
+        with av.open(str(tmp_path / name), "w") as out:
+            copy = out.add_stream_from_template(stream)
+            for packet in packets:
+                packet.stream = copy
+                if packet is not second:
+                    out.mux(packet)
+    fails(tmp_path / name, "damaged, only")
 
 
 def test_ffmpeg_is_quiet_and_its_settings_are_given_back(tmp_path, capfd):
