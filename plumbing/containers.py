@@ -16,7 +16,7 @@ import av
 import numpy as np
 
 from flow import VideoError
-from plumbing.mp4 import CHECKED, fragment_is_cut, tabled_packets
+from plumbing.mp4 import CHECKED, ends_inside_a_box, fragment_is_cut, tabled_packets
 
 # A file of these formats is read on its own. Without this list FFmpeg also renders text as video,
 # and lets playlists open other files.
@@ -153,6 +153,8 @@ def read_packets(path, container, stream):
         entries = stream.index_entries                     # by dts; none if fragmented
         cut_off = len(entries) > 0 and entries[-1].timestamp > packets.dts[-1]
         cut_off = cut_off or fragment_is_cut(path)
+        if part(path, 8, 4) == b"avis":                    # an animation that pillow refused
+            cut_off = cut_off or ends_inside_a_box(path)
     elif kind == "avi":
         # Its clock counts dropped frames too.
         cut_off = max(packets.end_of_empty, packets.dts[-1] + 1) < stream.frames

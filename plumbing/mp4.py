@@ -84,6 +84,12 @@ def fragment_is_cut(path):
     return False
 
 
+def ends_inside_a_box(path):
+    """Whether a file of boxes is cut off."""
+    length = os.path.getsize(path)
+    return any(start + size > length for _, start, size in top_boxes(path))
+
+
 def top_boxes(path):
     """Yields (kind, place of the content, its size) of the boxes of a file, of which it reads the
     headers only."""

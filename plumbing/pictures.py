@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flow import VideoError
 from plumbing.frames import make_video, pick
+from plumbing.mp4 import ends_inside_a_box
 from plumbing.ranks import say_once
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "PPM")
@@ -143,6 +144,8 @@ def open_picture(path, frames):
     """-> `Video` of a picture, which has one frame, or of at most `frames` frames of an animation.
     Raises VideoError if it is broken."""
     with opened(path) as image:
+        if image.format == "AVIF" and ends_inside_a_box(path):
+            raise VideoError(f"{path}: cut off")           # pillow shows its first frame alone
         times, end = display_times(image)
         size = upright_size(image)
     chosen = pick(times, end, frames)

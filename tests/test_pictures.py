@@ -121,6 +121,18 @@ def test_gif_of_equal_durations_gives_each_frame_once(tmp_path):
     assert np.abs(frames.astype(int) - expected).max() <= 8 and seconds == pytest.approx(0.03)
 
 
+def test_an_avif_that_is_cut_off_is_refused(tmp_path):
+    """pillow or FFmpeg shows the first frame of such an animation, as if it were all."""
+    images = [Image.fromarray(paint(i)) for i in range(8)]
+    images[0].save(tmp_path / "a.avif", save_all=True, append_images=images[1:], duration=100)
+    assert open_file(tmp_path / "a.avif", 8).frames == 8
+    whole = (tmp_path / "a.avif").read_bytes()
+    for share in (0.5, 0.7, 0.98):
+        (tmp_path / "cut.avif").write_bytes(whole[:int(share * len(whole))])
+        with pytest.raises(VideoError, match="cut.avif: cut off"):
+            read_video(tmp_path / "cut.avif", 8)
+
+
 def test_the_pages_of_a_tiff_are_no_video(tmp_path):
     images = [Image.fromarray(paint(i)) for i in range(3)]
     images[0].save(tmp_path / "a.tiff", save_all=True, append_images=images[1:])
