@@ -260,8 +260,8 @@ def draw(results, path):
     ticks = [-30, -10, -3, -1, 0, 1, 3, 10, 30]
     axis.set_xticks(ticks, ticks)
     axis.set(xlim=(-FARTHEST, FARTHEST), ylim=(len(labels) - 0.3, -0.7),
-             xlabel="difference and 95% interval, in smallest differences worth claiming; "
-                    "right: as claimed (a claim of equality: inside the grey band)")
+             xlabel="difference and 95% interval, in smallest differences worth claiming\n"
+                    "right of zero: as claimed; for a claim of equality: within the grey band")
     for said, colour in COLOURS.items():
         axis.plot([], [], "o-", color=colour, label=said)
     axis.legend(fontsize=8, frameon=False, loc="lower left")
