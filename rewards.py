@@ -107,7 +107,6 @@ WRAPPERS = (                  # what an answer is set in: pattern, what remains
     (r"^\s*[\"“”'‘«「『]([^\"“”'’»」』]*)[\"“”'’»」』]\.?\s*$", r"\1"))
 PLAIN = re.compile(r"[A-Za-z\d\s,.:;()\[\]+-]*", re.ASCII)         # no wrapper begins so
 FORMS = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans("。\u3000−–‐‑‒﹣〜", ". ------~")
-THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|[\u2009\u202f])(?=\d{3}(?!\d))")     # 1{,}200, thin spaces
 
 
 def unwrap(text):
@@ -117,6 +116,11 @@ def unwrap(text):
         for pattern, remains in WRAPPERS * 3:
             text = re.sub(pattern, remains, text)
     return " ".join(text.split())
+
+
+def unwrap_number(text):
+    """As `unwrap`; between thousands, a thin space or LaTeX's "{,}" becomes a comma."""
+    return unwrap(re.sub(r"(?<=\d)(?:\{,\}|[\u2009\u202f])(?=\d{3}(?!\d))", ",", text))
 
 
 def verify_choice(predicted, answer):
@@ -147,7 +151,7 @@ def plain_number(text):
 
 def verify_count(predicted, answer):
     """The same whole number in digits: "7", "07", "7.0", "1,200". Not "seven", not "7 birds"."""
-    value, gold = (plain_number(unwrap(THOUSANDS.sub(",", text))) for text in (predicted, answer))
+    value, gold = plain_number(unwrap_number(predicted)), plain_number(unwrap_number(answer))
     return float(value is not None and value == gold == value.to_integral())
 
 
@@ -176,11 +180,10 @@ def verify_open(predicted, answer):
 
 @lru_cache(maxsize=10_000)                            # the completions of a group answer alike
 def ask_worker(domain, predicted, answer, tolerance):
-    """True if two numbers, quantities or formulas are the same. math-verify may take for ever on a
-    formula, so plumbing/math_worker.py asks it in another process, which ends itself at its time
-    limit: the answer is wrong. Raises ValueError if math-verify is missing, or if the process ends
-    for another reason: then the answer is not known to be wrong."""
-    predicted, answer = (unwrap(THOUSANDS.sub(",", text)) for text in (predicted, answer))
+    """True if two numbers, quantities or formulas are the same. math-verify may take for ever, so
+    another process asks it, which ends at its time limit: wrong. Raises ValueError if it fails in
+    another way: then the answer is not known to be wrong."""
+    predicted, answer = unwrap_number(predicted), unwrap_number(answer)
     if predicted == answer or len(predicted + answer) > LONGEST:
         return predicted == answer != ""
     with LOCK:                                        # threads ask one after another
@@ -191,12 +194,9 @@ def ask_worker(domain, predicted, answer, tolerance):
             WORKERS[os.getpid()] = worker             # a forked process starts its own
         with suppress(BrokenPipeError):               # it has ended: there is no reply either
             print(json.dumps([domain, predicted, answer, tolerance]), file=worker.stdin, flush=True)
-        reply = worker.stdout.readline().strip()
-        if not reply and worker.wait() == -SIGPROF:
-            reply = "wrong"                           # its time was up
-    if reply not in ("right", "wrong"):
-        reply = reply or f"plumbing/math_worker.py ended with status {worker.returncode}"
-        raise ValueError(f"formulas cannot be compared: {reply}")
+        reply = worker.stdout.readline().strip() or f"exit status {worker.wait()}"
+    if reply not in ("right", "wrong", f"exit status {-SIGPROF}"):     # the last: its time was up
+        raise ValueError(f"plumbing/math_worker.py cannot compare formulas: {reply}")
     return reply == "right"
 
 
@@ -260,7 +260,6 @@ def verify_grounding(predicted, answer):
     """Number of pairs of boxes with IoU above 0.5, divided by the larger number of boxes. The
     matching is maximum (augmenting paths): a greedy one could take another box's only partner."""
     predicted, gold = parse_boxes(predicted), parse_boxes(answer)
-    # For each predicted box, the gold boxes near it.
     near = [[j for j in range(len(gold)) if iou(box, gold[j]) > 0.5] for box in predicted]
     partner = {}                                      # gold box -> the predicted one of its pair
 

@@ -779,7 +779,7 @@ def test_a_formula_whose_process_fails_is_ungraded(monkeypatch):
     monkeypatch.setattr(rewards, "WORKERS", {})
     monkeypatch.setattr(rewards.sys, "executable", "/bin/false")
     for _ in range(2):                                     # nothing of it is remembered
-        with pytest.raises(VerifierError, match="'math'.*math_worker.py ended with status 1"):
+        with pytest.raises(VerifierError, match="math_worker.py cannot compare.*: exit status 1"):
             score(answering("\\sqrt{50}"), "5\\sqrt2", "math")
 
 
