@@ -34,13 +34,10 @@ def micro_batches(groups, max_tokens, run):
     the groups stay in their order.
     """
     c, ranks = run.config, run.ranks
-
-    def lengths(i):
-        return longest_share(groups[i], c, ranks.sp)
-
-    order = sorted(range(len(groups)), key=lambda i: sum(lengths(i)), reverse=True)
+    lengths = [longest_share(group, c, ranks.sp) for group in groups]
+    order = sorted(range(len(groups)), key=lambda i: sum(lengths[i]), reverse=True)
     parts = []
-    for part in cut(order, lengths, max_tokens):
+    for part in cut(order, lambda i: lengths[i], max_tokens):
         parts.append([rank_share(groups[i], c, ranks.sp_rank, ranks.sp) for i in sorted(part)])
     return make_batches(parts, run)
 

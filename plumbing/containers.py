@@ -147,7 +147,7 @@ def read_packets(path, container, stream):
                       table["is_keyframe"], ~table["is_discard"], int(ends.max(initial=UNKNOWN)))
     joints = find_joints(packets, stream) if kind in JOINABLE else []
 
-    end = int(table["pos"][-1] + table["size"][-1])        # in bytes
+    end = int(packets.pos[-1] + table["size"][-1])         # in bytes; senseless if pos is UNKNOWN
     cut_off = False
     if kind == MOV:
         entries = stream.index_entries                     # by dts; none if fragmented

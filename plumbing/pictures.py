@@ -74,7 +74,7 @@ def list_pictures(folder):
 
 def check_is_file(path):
     """Raises VideoError for what is there but no file: a pipe or a device might never end."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not os.path.isfile(path) and os.path.exists(path):
         raise VideoError(f"{path}: is not a regular file")
 
 

@@ -117,6 +117,17 @@ def test_small_frames_of_an_asf_share_their_place(tmp_path, codec, how):
     reads_alike(path, 60)
 
 
+@pytest.mark.parametrize("bf", ["0", "2"])
+def test_a_film_whose_last_packet_tells_no_place(tmp_path, bf):
+    """A program stream was refused: its last packet comes from the parser, without a place."""
+    path = clip(tmp_path / "a.mpg", codec="mpeg2video", rate=25, g="12", bf=bf, b="20000",
+                frames=[paint(0)] * 40)
+    with av.open(path) as film:
+        *_, last = [packet for packet in film.demux(film.streams.video[0]) if packet.size]
+    assert last.pos is None
+    reads_alike(path, 40)
+
+
 # --------------------------------------------------------------------------------------------------
 # packets and frames that do not agree
 
