@@ -149,7 +149,10 @@ def by_grade(folder):
 
 def order(results):
     """[(row, seed)] that are missing, in the order of work: first three seeds of each row, the most
-    important row first; then a seed at a time for the rows whose interval is still too wide."""
+    important row first; then a seed at a time for the rows whose interval is still too wide. None
+    once the hours are used."""
+    if rows.hours(results) >= rows.HOURS:
+        return []
     wanted = []
     for place, row in enumerate(rows.ROWS):
         found = rows.differences(row, results)

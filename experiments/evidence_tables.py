@@ -35,18 +35,27 @@ def header(*cells):
     return [line(*cells), "|" + "---|" * len(cells)]
 
 
-def judged(row, found):
-    """Text: the verdict, and of a row that is not resolved why, or what it would take."""
+def judged(row, results):
+    """Text: the verdict, and whether the difference is too small to be worth claiming."""
+    found = rows.differences(row, results)
     said = verdict(found, row.sign, row.least)
-    if said in COLOURS and not is_finished(found, row.least):
-        said += " so far"
-    if not said.startswith("not resolved"):
+    if said not in COLOURS:
         return said
-    if not is_narrow(found, row.least):
-        return f"{said}: would take {seeds_needed(found, row.least)} seeds"
-    if row.sign == "=":
-        return f"{said}: close to {row.least:g}"
-    return f"{said}: less than {row.least:g}, if any"
+    if not is_finished(found, row.least) and rows.hours(results) < rows.HOURS:
+        said += " so far"
+    small = max(abs(end) for end in interval(found)) < row.least
+    if row.sign != "=" and small:
+        said += f": less than {row.least:g}" + ", if any" * said.startswith("not resolved")
+    if said == "not resolved" and row.sign == "=" and is_narrow(found, row.least):
+        said += f": close to {row.least:g}"
+    return said
+
+
+def seeds_text(row, found):
+    """Text: how many seeds, and where the interval is too wide, how many would make it narrow."""
+    if len(found) < FEWEST or is_narrow(found, row.least):
+        return str(len(found))
+    return f"{len(found)} of {seeds_needed(found, row.least)}"
 
 
 def compared(row):
@@ -84,7 +93,7 @@ def numbers_of(row, results):
         low, high = interval(found)
         difference += f" ({low:+.{n}f} to {high:+.{n}f})"
     return (f"{statistics.mean(a):.{n}f}", f"{statistics.mean(b):.{n}f}", difference,
-            f"{row.least:g}", str(len(pairs)), judged(row, found))
+            f"{row.least:g}", seeds_text(row, found), judged(row, results))
 
 
 def main_table(results):
@@ -94,7 +103,7 @@ def main_table(results):
         if row.short:
             _, _, difference, _, _, said = numbers_of(row, results)
             measured = f"{difference} {row.unit}" if difference else ""
-            lines.append(line(row.short, measured, said.partition(":")[0]))
+            lines.append(line(row.short, measured, said))
     return lines
 
 
@@ -106,7 +115,7 @@ def changed_table(results):
         now = verdict(found, row.sign, row.least)
         earlier = row.earlier.replace("not seen", "not resolved")
         if row.earlier and now in COLOURS and now != earlier:
-            lines.append(line(f"{row.group}: {row.claim}", row.earlier, judged(row, found)))
+            lines.append(line(f"{row.group}: {row.claim}", row.earlier, judged(row, results)))
     return lines
 
 

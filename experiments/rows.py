@@ -12,6 +12,7 @@ from typing import Callable
 import measures as m
 from intervals import MOST
 
+HOURS = 12                     # of one core, for all runs together
 FRAMES = (16, 64, 256)
 DOMAINS = m.DOMAINS
 SINGLE = ("counting", "places", "reading", "boxes")        # runs on one domain each
@@ -222,3 +223,8 @@ def pairs(row, results):
 
 def differences(row, results):
     return [a - b for a, b in pairs(row, results)]
+
+
+def hours(results):
+    """Of one core, that all runs took."""
+    return sum(line["cpu_seconds"] for of in results.values() for line in of.values()) / 3600

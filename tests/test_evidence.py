@@ -387,6 +387,22 @@ def test_the_order_of_work(tmp_path):
     assert rows.complete_seeds(first, results) == 0
 
 
+def test_no_run_is_begun_once_the_hours_are_used(tmp_path, monkeypatch):
+    """Then no verdict is called "so far", and rows that are too wide say what they would take."""
+    results = lines_of(*rows.RUNS, seeds=range(4))
+    used = 4 * len(rows.RUNS) * 50 / 3600
+    for hours, open_still in ((used + 0.01, True), (used - 0.01, False)):
+        monkeypatch.setattr(rows, "HOURS", hours)
+        assert bool(evidence.order(results)) == open_still
+        assert bool(evidence.next_run(results, tmp_path, set())) == open_still
+        text = "\n".join(tables.claims_table(results))
+        assert ("so far" in text) == open_still
+        for row in rows.ROWS:
+            found = rows.differences(row, results)
+            if not intervals.is_narrow(found, row.least):
+                assert f"| 4 of {intervals.seeds_needed(found, row.least)} |" in text
+
+
 def test_a_run_waits_for_what_it_reads(tmp_path):
     def there(*names):
         for name in names:
