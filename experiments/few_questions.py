@@ -7,62 +7,32 @@ curriculum.py ("follows"). Eight seeds, each with a cold start of its own.
     python experiments/few_questions.py out-few tables     print the table of the complete seeds
 
 Two runs are made at a time, on one core each; a seed takes ten minutes of one core. A stopped one
-is made again; its output is in out-few/NAME-SEED.log.
+is made again; its output is in out-few/NAME-SEED.log, and visits.py says what is recorded.
 """
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import intervals  # noqa: E402
-from learners import Still  # noqa: E402
-from visits import correlation as rank_correlation  # noqa: E402
+import visits  # noqa: E402
 
 import data  # noqa: E402
-import train  # noqa: E402
-from curriculum import Curriculum  # noqa: E402
-from plumbing.ranks import run_command  # noqa: E402
 
 SEEDS = range(8)
-RULES = ("uniform", "still", "follows")
+DRAWS = ("uniform", "still", "follows")
 RL = ("--sft_steps=0 --rl_steps=20 --prompts_per_step=16 --eval_every=0 --show_every=0 "
       "--save_every=1000 --oversample_cap=1")
 
 
 # --------------------------------------------------------------------------------------------------
 # the runs
-
-def record(rule, path, arguments):
-    """train.py, with a line in path for each visit of a question: what was estimated as it was
-    drawn, and what came back."""
-    make = Curriculum if rule == "follows" else Still
-
-    class Recording(make):
-        step = 0
-
-        def draw(self, n):
-            drawn = super().draw(n)
-            self.estimates = {id: self.rate(id) for id in drawn}
-            self.step += 1
-            return drawn
-
-        def update(self, id, correct, total):
-            visit = {"step": self.step, "id": id, "rate": self.estimates[id], "correct": correct,
-                     "total": total}
-            with open(path, "a") as f:
-                f.write(json.dumps(visit) + "\n")
-            super().update(id, correct, total)
-
-    Path(path).write_text("")
-    train.Curriculum = Recording
-    run_command("train.py", lambda: train.main(train.parse(arguments)))
-
 
 def call(out, name, seed, *command):
     """A command, once, with its output in a file."""
@@ -83,12 +53,12 @@ def make_seed(out, seed):
     few = f"--data={out}/few.jsonl --eval_data={out}/held.jsonl --model={out}/cold-{seed}/model"
     call(out, "cold", seed, "train.py", "--rl_steps=0", "--eval_samples=192", "--save_every=1000")
     call(out, "graded", seed, "train.py", "--mode=grade", *few.split())
-    for rule in RULES:
+    for draws in DRAWS:
         more = f"--grades={out}/graded-{seed}/grades.jsonl"
-        if rule == "uniform":
+        if draws == "uniform":
             more += " --tiers=false"
-        call(out, rule, seed, __file__, "record", rule, f"{out}/{rule}-{seed}.visits",
-             *RL.split(), *few.split(), *more.split())
+        call(out, draws, seed, "experiments/visits.py", draws, *RL.split(), *few.split(),
+             *more.split())
 
 
 def make_all(out):
@@ -105,54 +75,18 @@ def make_all(out):
 # --------------------------------------------------------------------------------------------------
 # what is measured
 
-def visits(out, rule, seed):
-    with open(out / f"{rule}-{seed}.visits") as f:
-        return [json.loads(line) for line in f]
-
-
-def signal(rows):
-    """Groups with signal, of 100."""
-    return 100 * statistics.mean(0 < row["correct"] < row["total"] for row in rows)
-
-
-def correlation(rates, rows):
-    """Rank correlation of the estimates with what came back on the same visit."""
-    observed = [row["correct"] / row["total"] for row in rows]
-    return rank_correlation(rates, observed)
-
-
-def replayed(out, make, rows, seed):
-    """What a rule would have estimated at each visit of another run."""
-    samples = data.load(str(out / "few.jsonl"))
-    grades = {}
-    with open(out / f"graded-{seed}" / "grades.jsonl") as f:
-        for row in map(json.loads, f):
-            grades[row["id"]] = (row["correct"], row["total"])
-    domains = {sample.id: sample.domain for sample in samples}
-    curriculum = make(list(domains), seed, grades, domains=domains)
-    rates, waiting, step = [], [], None
-    for row in rows:
-        if row["step"] != step:                            # all of a step are drawn, then noted
-            for visit in waiting:
-                curriculum.update(visit["id"], visit["correct"], visit["total"])
-            waiting, step = [], row["step"]
-        rates.append(curriculum.rate(row["id"]))
-        waiting.append(row)
-    return rates
-
-
 def interval(differences):
     """Text: mean, and its 95% interval by Student's t."""
-    mean = statistics.mean(differences)
-    if len(differences) < 2:
-        return f"{mean:+.2f}"
-    low, high = intervals.interval(differences)
-    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+    text = f"{mean(differences):+.2f}"
+    if len(differences) > 1:
+        low, high = intervals.interval(differences)
+        text += f" ({low:+.2f} to {high:+.2f})"
+    return text
 
 
 def complete(out):
     return [seed for seed in SEEDS
-            if all((out / f"{rule}-{seed}.done").exists() for rule in RULES)]
+            if all((out / f"{draws}-{seed}.done").exists() for draws in DRAWS)]
 
 
 def tables(out):
@@ -160,44 +94,34 @@ def tables(out):
     print(f"{len(seeds)} seeds: {', '.join(map(str, seeds))}")
     if not seeds:
         return
-    print("| rule | groups with signal, of 100 | estimated | observed | rank correlation |")
+    print("| draws | groups with signal, of 100 | estimated | observed | rank correlation |")
     print("|---|---|---|---|---|")
-    share, rho = {}, {}
-    for rule in RULES:
-        runs = [visits(out, rule, seed) for seed in seeds]
-        share[rule] = [signal(rows) for rows in runs]
-        rho[rule] = [correlation([row["rate"] for row in rows], rows) for rows in runs]
-        estimated = statistics.mean(row["rate"] for rows in runs for row in rows)
-        observed = statistics.mean(row["correct"] / row["total"] for rows in runs for row in rows)
-        print(f"| {rule} | {statistics.mean(share[rule]):.1f} | {estimated:.2f} | {observed:.2f} | "
-              f"{statistics.mean(rho[rule]):.2f} |")
+    signal, correlation = {}, {}
+    for draws in DRAWS:
+        runs = [visits.summary(out / f"{draws}-{seed}" / "visits.jsonl") for seed in seeds]
+        rule = "still" if draws == "uniform" else draws
+        signal[draws] = [100 * run["with_signal"] / run["groups"] for run in runs]
+        correlation[draws] = [run[rule]["correlation"] for run in runs]
+        print(f"| {draws} | {mean(signal[draws]):.1f} | "
+              f"{mean(run[rule]['estimated'] for run in runs):.2f} | "
+              f"{mean(run['observed'] for run in runs):.2f} | {mean(correlation[draws]):.2f} |")
+        if draws == "uniform":
+            errors = [mean(run[rule]["error"] for run in runs) for rule in visits.RULES]
+            ranks = [mean(run[rule]["correlation"] for run in runs) for rule in visits.RULES]
     print("\ndifference of pairs, mean (95% interval)")
     for a, b in (("follows", "still"), ("follows", "uniform"), ("still", "uniform")):
-        print(f"signal, {a} - {b}:", interval([x - y for x, y in zip(share[a], share[b])]))
-    print("rank correlation, follows - still:",
-          interval([x - y for x, y in zip(rho["follows"], rho["still"])]))
-    errors, rhos = {}, {}
-    for make in (Still, Curriculum):
-        errors[make], rhos[make] = [], []
-        for seed in seeds:
-            rows = visits(out, "uniform", seed)
-            rates = replayed(out, make, rows, seed)
-            errors[make].append(statistics.mean(
-                abs(rate - row["correct"] / row["total"]) for rate, row in zip(rates, rows)))
-            rhos[make].append(correlation(rates, rows))
-    print("\nboth rules on the visits of the uniform runs: mean |estimated - observed| "
-          f"{statistics.mean(errors[Still]):.3f} and {statistics.mean(errors[Curriculum]):.3f}; "
-          f"rank correlation {statistics.mean(rhos[Still]):.2f} and "
-          f"{statistics.mean(rhos[Curriculum]):.2f}")
+        print(f"signal, {a} - {b}:", interval([x - y for x, y in zip(signal[a], signal[b])]))
+    pairs = zip(correlation["follows"], correlation["still"])
+    print("rank correlation, follows - still:", interval([x - y for x, y in pairs]))
+    print(f"\n{' and '.join(visits.RULES)} on the visits of the uniform runs: mean |estimated - "
+          f"observed| {errors[0]:.3f} and {errors[1]:.3f}; rank correlation {ranks[0]:.2f} and "
+          f"{ranks[1]:.2f}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["record"]:
-        record(*sys.argv[2:4], sys.argv[4:])
-    elif len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__.strip())
-    else:
-        out = Path(sys.argv[1]).absolute()
-        if "tables" not in sys.argv[2:]:
-            make_all(out)
-        tables(out)
+    out = Path(sys.argv[1]).absolute()
+    if "tables" not in sys.argv[2:]:
+        make_all(out)
+    tables(out)
