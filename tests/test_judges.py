@@ -67,22 +67,23 @@ def test_results_are_in_the_order_of_the_calls():
     assert at_once([], 8, 60) == []
 
 
-def test_as_many_run_at_once_as_the_pool_is_large():
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_as_many_run_at_once_as_the_pool_is_large(size):
+    """Each call waits until `size` of them run, so fewer would never end. Never do more run."""
     running, most, lock = 0, 0, threading.Lock()
+    met = threading.Barrier(size)
 
     def call():
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
-        time.sleep(0.02)
+        met.wait(60)
         with lock:
             running -= 1
 
-    for size in (1, 3, 8):
-        most = 0
-        at_once([call] * 24, size, 60)
-        assert most == size
+    at_once([call] * 24, size, 60)
+    assert most == size
 
 
 def test_many_calls_that_wait_take_little_time():
