@@ -37,17 +37,18 @@ check_length = families.check_length
 # --------------------------------------------------------------------------------------------------
 # frames -> patches -> vision tokens
 
-def patchify(frames, px, size=None):
+def patchify(frames, px, size=None, device="cpu"):
     """Frames to the tower's input: the patches of one vision token stand together.
 
     frames: uint8 [T,H,W,3]; px: `Pixels`; size: (height, width) that they are resized to, None
-    where they are a whole video. An odd last frame is repeated to fill its temporal patch.
+    where they are a whole video; device: where the patches are made, since the frames are a quarter
+    of their bytes. An odd last frame is repeated to fill its temporal patch.
     Returns (float32 [t*h*w, 3*temporal*patch*patch], (t, h, w) in patches).
     """
     size = size or frame_size(*frames.shape[1:3], px, len(frames))
-    x = resize(frames, size).permute(0, 3, 1, 2)                       # [T, 3, H', W'], still uint8
-    mean = torch.tensor(px.mean).view(1, 3, 1, 1)
-    std = torch.tensor(px.std).view(1, 3, 1, 1)
+    x = resize(frames, size).to(device).permute(0, 3, 1, 2)            # [T, 3, H', W'], still uint8
+    mean = torch.tensor(px.mean, device=device).view(1, 3, 1, 1)
+    std = torch.tensor(px.std, device=device).view(1, 3, 1, 1)
     x = (x.float() - mean * 255) / (std * 255)
     missing = -len(x) % px.temporal
     x = torch.cat([x, x[-1:].expand(missing, -1, -1, -1)])
@@ -62,9 +63,10 @@ class VideoPatches:
     """The patches of a video. `encode.encode` opens it, since there an error that one rank meets is
     raised on all sp ranks, so that no rank hangs."""
 
-    def __init__(self, open_video, px):
+    def __init__(self, open_video, px, device="cpu"):
         self.open_video = open_video                       # () -> `Video`
         self.px = px
+        self.device = device
 
     def open(self):
         """-> ((t, h, w) in patches, merge, read), as `encode.encode` wants it"""
@@ -78,7 +80,7 @@ class VideoPatches:
         """Temporal patches lo to hi. -> float32 [n,C]"""
         n = self.px.temporal
         frames = self.video.read(lo * n, min(hi * n, self.video.frames))
-        return patchify(frames, self.px, self.size)[0]
+        return patchify(frames, self.px, self.size, self.device)[0]
 
 
 def encode_video(model, open_video, ranks):
@@ -87,7 +89,7 @@ def encode_video(model, open_video, ranks):
     open_video() -> `Video`. Returns (vision [V,D], (t, h, w) in patches, seconds between frames,
     how many frames).
     """
-    patches = VideoPatches(open_video, model.pixels)
+    patches = VideoPatches(open_video, model.pixels, ranks.device)
     vision, grid = encode.encode(model.model.visual, patches.open, ranks)
     return vision, grid, patches.video.seconds, patches.video.frames
 

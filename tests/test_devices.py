@@ -174,11 +174,15 @@ def test_decoding_of_rows_that_end_at_different_steps():
 
 
 def test_a_videos_vision_tokens(tmp_path):
-    """They are made on the GPU, and wait on the CPU, also on disk."""
+    """They are made on the GPU, as are the patches: only the frames' bytes go there. The tokens
+    wait on the CPU, also on disk."""
     model, _ = tiny(ON_CPU)
     right, *_ = vlm.encode_video(model, lambda: film(9), ON_CPU)
+    right_patches, _ = vlm.patchify(film(9).read(0, 9), model.pixels)
     with pretended_gpu() as gpu:
         model, tokenizer = tiny(ON_GPU)
+        *_, read = vlm.VideoPatches(lambda: film(9), model.pixels, ON_GPU.device).open()
+        assert read(0, 5).device == gpu and equal(read(0, 5), right_patches)
         vision, *_ = vlm.encode_video(model, lambda: film(9), ON_GPU)
         assert vision.device == gpu and equal(vision, right)
         path = write(tmp_path / "q.jsonl", *map(make_question, range(2)))
