@@ -93,13 +93,13 @@ class Curriculum:
         """-> [5] ids in use in each tier, [5] mean of p(1-p) there, 0 in an empty tier"""
         unknown = len(self.ids) - len(self.recent) - sum(x not in self.recent for x in self.dropped)
         count = [0, 0, unknown, 0, 0]                      # often nearly all are unknown; p is 0.5
-        signal = [0.0, 0.0, unknown / 4, 0.0, 0.0]
+        variance = [0.0, 0.0, unknown / 4, 0.0, 0.0]       # of one answer
         for id in islice(self.recent, 0, None, 1 + len(self.recent) // SAMPLE):
             if id not in self.dropped:
                 p, tier = self.rate(id), self.tier(id)
                 count[tier] += 1
-                signal[tier] += p * (1 - p)
-        return count, [s / max(1, n) for s, n in zip(signal, count)]
+                variance[tier] += p * (1 - p)
+        return count, [v / max(1, n) for v, n in zip(variance, count)]
 
     def weights(self):
         """How often an id of each tier is drawn, relative to the others. -> [5], of sum 1
@@ -108,8 +108,9 @@ class Curriculum:
         teach. At least FLOOR of the largest, so that what was too hard is tried again and what was
         forgotten is noticed. An empty tier has the largest.
         """
-        count, signal = self.census()
-        floored = [max(s, FLOOR * max(signal)) if n else max(signal) for s, n in zip(signal, count)]
+        count, variance = self.census()
+        most = max(variance)
+        floored = [max(v, FLOOR * most) if n else most for v, n in zip(variance, count)]
         if not self.tiers or not sum(floored):
             return [1 / 5] * 5
         return [w / sum(floored) for w in floored]

@@ -1,5 +1,5 @@
 """
-What a question about a video is, where questions come from, and which are held out.
+Where questions about videos come from, which are held out, and how one becomes a prompt.
 
     load           questions from a .jsonl, from others' .json, or "toy" and "toy:A,B"
     split          training questions and held-out ones
@@ -35,7 +35,7 @@ from plumbing.video import open_file
 def load(source, video_dir="", say=print):
     """-> list of `Sample`
 
-    source: "toy" or "toy:A,B" (`toy.load`), a .jsonl or .json of questions (docs/data.md).
+    source: "toy" or "toy:A,B" (`toy.load`), or a .jsonl or .json of questions (docs/data.md).
     video_dir: where the paths of videos begin; empty: at the folder of the file.
     say: prints a line, about what is not used of the file. Raises ValueError that names the file,
     the line and what is wrong with it.
@@ -138,7 +138,7 @@ def read_video(path, frames):
 
 
 def fingerprint(path, folder=""):
-    """A hash of a video's content, whatever its name: of a built-in video its frames, else as
+    """A hash of a video's content, not of its name: of a built-in video's frames, or else
     `plumbing.store.fingerprint`. -> 64 hexadecimal digits. Raises VideoError."""
     path = os.fspath(path)
     if path.startswith("toy:"):
@@ -156,7 +156,7 @@ def make_prompts(run, samples, room):
     that cannot be read and a prompt that is too long are dropped, never replaced and never cut.
     The prompts hold no vision tokens: a step's videos may be more than fit in memory. See `fetch`.
     """
-    # One exchange between the ranks for all keys: it costs as much as encoding many frames.
+    # One exchange between the ranks for all keys, since each costs as much as encoding many frames.
     keys, dropped = on_first(partial(video_keys, run, samples), run.ranks)
     most = run.config.vllm_length if run.config.rollout == "vllm" else None
     prompts = []
@@ -220,14 +220,13 @@ def vision_tokens(run, path, key):
 
 
 def open_unchanged(run, path, key):
-    """-> the `Video` that had this `video_key`. Its read raises VideoError if it has another by
-    then."""
+    """-> the `Video` at path. Its read raises VideoError if the content no longer has this key."""
     video = run.ahead.open(path, key) if run.ahead else open_video(path, run.config.frames)
     return refuse_changes(video, partial(video_key, run, path), key)
 
 
 def read_ahead(run, samples):
-    """Begin to read those videos of this dp group's samples that are not encoded yet."""
+    """Begin to read those videos of this team's samples that are not encoded yet."""
     def key_if_needed(path):
         key = video_key(run, path)
         return None if run.cache.has(key) else key

@@ -9,14 +9,14 @@ MR-SP (LongVILA-R1, section 5): one long video shared out over the ranks.
 
 The calls from a question to its vision tokens, each made by the one above it:
 
-    data.make_prompts     names each video by its content: its key in the cache
-    data.fetch            gives a prompt its vision tokens when they are needed
+    data.vision_tokens    for data.make_prompts, which makes the prompt, and for data.fetch, when
+                          the tokens are computed with
     Cache.get             returns the tokens from memory or disk, or has them made:
     model.encode_video    says how the video's frames become patches
     encode                has each sp rank encode its own frames, and gathers all of them
     encode_own_frames     opens the video, and runs a few patches at a time through the tower
 
-Without torchrun everything here is a no-op.
+Without torchrun one rank does all of it.
 """
 import json
 from collections import OrderedDict
@@ -27,15 +27,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from flow import Ranks
 from plumbing.families import vision_width
-from plumbing.ranks import on_first, shard, start, together  # noqa: F401  scripts call start
+from plumbing.ranks import ALONE, on_first, shard, start, together  # noqa: F401  scripts call start
 from plumbing.store import Disk, sha256
 
 # --------------------------------------------------------------------------------------------------
 # stage 1: frames over the ranks
 
-ALONE = Ranks()
 AT_ONCE = 64             # temporal patches that go through the tower at once
 ENCODING_VERSION = "1"   # bump it when the same tower and pixels would give different tokens
 
@@ -59,14 +57,14 @@ def encode(tower, open_patches, ranks, at_once=AT_ONCE):
     result depends neither on the sharding nor on at_once. t may be any number, also less than sp.
     An error that open_patches or read raises on one rank is raised on all sp ranks.
     """
-    grid, tokens_per_patch, parts = together(
+    grid, tokens_per_t, parts = together(
         partial(encode_own_frames, tower, open_patches, ranks, at_once), ranks)
     if ranks.sp == 1:
         return torch.cat(parts), grid
     sizes = []                                             # vision tokens of each rank
     for rank in range(ranks.sp):
         lo, hi = shard(grid[0], rank, ranks.sp)
-        sizes.append((hi - lo) * tokens_per_patch)
+        sizes.append((hi - lo) * tokens_per_t)
     # An all-gather takes equal parts: each is padded to the largest, and cut afterwards.
     width = vision_width(tower.config)
     padded = torch.zeros(max(sizes), width, dtype=tower.dtype, device=ranks.device)

@@ -108,7 +108,7 @@ def evaluate(run, samples, k=0, grades=None, think_least=0):
     """Greedy accuracy and format, also per domain; with k, pass@1 and pass@k of group_size answers.
 
     grades: {id: (correct, total)}: accuracy is reported per tier by them, or else by the answers
-    sampled here. think_least: as for `rollout.sample`. The samples are split over the dp groups;
+    sampled here. think_least: as for `rollout.sample`. The samples are split over the dp teams;
     one that cannot be read or graded is dropped, counted and named. -> dict, on every rank
     """
     c, ranks = run.config, run.ranks

@@ -88,14 +88,14 @@ class Group:
     slot: int                         # its place among the questions drawn in this step
     sample: Sample
     prompt: Prompt
-    completions: list = None          # G `Completion`s, all of them on every rank of the sp group
+    completions: list = None          # G `Completion`s, all of them on every sp rank
     rewards: list = None              # G `Reward`s
     advantages: torch.Tensor = None   # [G] float32
 
 
 @dataclass
 class Ranks:
-    """Which process this is, of world = dp * sp. The sp ranks of one dp group share each video."""
+    """Which process this is, of world = dp * sp: dp teams, whose sp ranks share each video."""
     rank: int = 0
     world: int = 1
     sp: int = 1
@@ -103,7 +103,7 @@ class Ranks:
     dp: int = 1
     dp_rank: int = 0
     device: str = "cpu"
-    group: object = None       # the process group of this rank's sp group; None without torchrun
+    group: object = None       # the process group of this rank's team; None without torchrun
 
 
 @dataclass

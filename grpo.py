@@ -7,8 +7,9 @@ papers' versions, and why:
    that of a text model, and that suppressing it limits what the model learns.
 2. The entropy bonus. In GLM's runs it led to garbled text and then to collapse. Exploration is kept
    alive by raising only the upper clip bound (clip-higher).
-3. The dual clip and the clamps on log-ratios. The clip is the trust region. With a sampler whose
-   log-probs are those of the trainer, but for rounding, nothing else is needed.
+3. The dual clip and the clamps on log-ratios. They bound what the clip does not: a ratio far above
+   1 where the advantage is negative. With few updates after sampling, and a sampler whose log-probs
+   are the trainer's but for rounding, such tokens are rare.
 4. The forward pass of the old policy. The old log-probs are the sampler's. That saves one forward,
    and the ratio corrects both staleness and any difference between sampler and trainer.
 5. The critic, as in every GRPO: the mean of the group is the baseline.

@@ -20,19 +20,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import encode
-from flow import Pixels, Prompt, PromptError, Ranks  # noqa: F401  Pixels is found here too
-from plumbing import checkpoints, families
-from plumbing.families import banned_ids, frame_size, stop_ids, vision_pad  # noqa: F401
+from flow import Pixels, Prompt, PromptError  # noqa: F401  Pixels is found here too
+from plumbing import families
+from plumbing.checkpoints import ATTENTION, load  # noqa: F401
+from plumbing.checkpoints import save_pretrained as save  # noqa: F401
+from plumbing.families import (  # noqa: F401
+    banned_ids,
+    check_length,
+    frame_size,
+    stop_ids,
+    vision_pad,
+)
 from plumbing.frames import resize
+from plumbing.ranks import ALONE
 from plumbing.sharding import one_forward
-from plumbing.two_parts import Completions, TwoParts
-
-ALONE = Ranks()
-load = checkpoints.load                    # names for callers
-save = checkpoints.save_pretrained
-ATTENTION = checkpoints.ATTENTION
-check_length = families.check_length
-
+from plumbing.two_parts import Layout, TwoParts
 
 # --------------------------------------------------------------------------------------------------
 # frames -> patches -> vision tokens
@@ -41,8 +43,8 @@ def patchify(frames, px, size=None, device="cpu"):
     """Frames to the tower's input: the patches of one vision token stand together.
 
     frames: uint8 [T,H,W,3]; px: `Pixels`; size: (height, width) that they are resized to, None
-    where they are a whole video; device: where the patches are made, since the frames are a quarter
-    of their bytes. An odd last frame is repeated to fill its temporal patch.
+    where they are a whole video; device: where the patches are made (frames are a quarter of the
+    bytes to move there). An odd last frame is repeated to fill its temporal patch.
     Returns (float32 [t*h*w, 3*temporal*patch*patch], (t, h, w) in patches).
     """
     size = size or frame_size(*frames.shape[1:3], px, len(frames))
@@ -210,7 +212,7 @@ class Packed:
         number = owner + row * (int(owner.max()) + 1)                  # [B, C], as no other row's
         places = (owner >= 0).flatten().nonzero()[:, 0]                # [M], in [B*C]: no padding
         _, lengths = number.flatten()[places].unique_consecutive(return_counts=True)
-        self.completions = Completions(places.split(lengths.tolist()), B, C)
+        self.completions = Layout(places.split(lengths.tolist()), B, C)
 
     def __call__(self, layer, q, k, v, scale):
         P = self.P
@@ -333,7 +335,7 @@ def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=ALONE):
     """Log-probs of every completion's tokens under the model, the prefix of a group computed once.
 
     prompts: B `Prompt`s; completions: B lists of long [L] tensors, ragged, each L at least 1;
-    banned: bool [vocabulary]; head_chunk: tokens that meet the head at once.
+    banned: bool [vocabulary]; head_chunk: tokens that go through the head at once.
     ranks: their sp ranks share the sequence (MR-SP stage 2). All of them give the same arguments,
     each computes its share, and all get all the log-probs. A share's gradient stays with the rank
     that computed it, so that the gradients summed over the ranks are those of a single rank.
@@ -351,7 +353,7 @@ def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=ALONE):
     visions = [p.vision for p in prompts]
     hidden, local = forward(model, attention, ids, positions, visions, prefix, ranks)
 
-    # Only the hidden states that predict a completion's token meet the head.
+    # Only the hidden states that predict a completion's token go through the head.
     row, place = predicted_at(prompts, completions, prefix, device)    # [M] each
     targets = torch.cat([tokens.to(device) for group in completions for tokens in group])
     place = local[place]
@@ -362,7 +364,7 @@ def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=ALONE):
     # In chunks that are computed again in the backward, so no [m, vocabulary] tensor is kept.
     parts = []
     for h, t in zip(hidden.split(head_chunk), targets.split(head_chunk)):
-        parts.append(checkpoint(score, model, h, t, banned, use_reentrant=False))
+        parts.append(checkpoint(logprob_and_entropy, model, h, t, banned, use_reentrant=False))
     scores = torch.cat(parts, dim=1)                                   # [2, m]
     if ranks.sp > 1:
         every = torch.zeros(2, len(held), device=device)
@@ -374,7 +376,7 @@ def logprobs(model, prompts, completions, banned, head_chunk=2048, ranks=ALONE):
             pad_sequence(entropy.detach().split(lengths), batch_first=True))
 
 
-def score(model, hidden, targets, banned):
+def logprob_and_entropy(model, hidden, targets, banned):
     """Each target's log-prob, and the entropy there. hidden [m,D], targets long [m] -> [2,m]"""
     logp = token_distribution(model, hidden, banned)                   # [m, vocabulary]
     entropy = torch.special.entr(logp.detach().exp()).sum(1)

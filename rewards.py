@@ -25,7 +25,7 @@ from flow import Reward
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 BRACED = r"(?:\\.|[^{}\\])*"
-for _ in range(8):                                    # braces 8 deep; \{ and \} are no braces
+for _ in range(8):                                    # braces 8 deep; \{ and \} do not count
     BRACED = rf"(?:\\.|[^{{}}\\]|\{{{BRACED}\}})*"
 BOX = re.compile(rf"\\boxed\{{({BRACED})\}}|<\|begin_of_box\|>(.*?)<\|end_of_box\|>", re.DOTALL)
 LONGEST = 10_000              # characters; longer text is not parsed as a number, box or time

@@ -19,20 +19,19 @@ import data
 import encode
 import model as vlm
 import toy
-from flow import Completion, Ranks
+from flow import Completion
 from plumbing.batches import cut, own_shares
 from plumbing.command_line import check_choice, check_range, parse
 from plumbing.families import decode, tokenize
 from plumbing.progress import Screen
-from plumbing.ranks import gather_sp, run_command, start
+from plumbing.ranks import ALONE, gather_sp, run_command, start
 from plumbing.sharding import gathered
 from plumbing.streams import uniform
 from plumbing.vllm_engine import vllm_rollout
 
 FORCED_TEXT = "</think><answer>"   # written when the thinking budget has run out
 WAIT_TEXT = "\nWait,"              # written in place of a </think> that comes too early
-MOST_SPARE = 1.1                   # decoded rows over unfinished ones; above, the others leave
-ALONE = Ranks()
+MOST_SPARE = 1.1                   # rows decoded / rows unfinished; above it, finished ones leave
 
 
 def limits(think_budget, answer_budget, force=True, think_least=0):
@@ -249,9 +248,10 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
 
     A thought ends with </think>, or after think_budget tokens, when the text `forced` is written
     (None: the completion ends there, truncated). Then answer_budget tokens may be sampled. Where a
-    thought would end before think_least tokens WAIT_TEXT is written (budget forcing of s1, arXiv
+    thought would end before think_least tokens, WAIT_TEXT is written (budget forcing of s1, arXiv
     2501.19393). What is written is tokenized by itself and marked as not sampled.
-    keys: N lists of G keys for `plumbing.streams`, one a completion; watch(writing), if given, is
+    keys: N lists of G, one for each completion, from which `plumbing.streams` makes its random
+    numbers; watch(writing), if given, is
     called at each step with the first completion's `Writing`; banned: bool [vocabulary], None:
     `model.banned_ids`; ranks: their sp ranks share this prefill.
     """
@@ -304,7 +304,7 @@ def all_at_once(prompts):
     yield range(len(prompts)), prompts
 
 
-def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=32768, stage2=False, engine=None,
+def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=16384, stage2=False, engine=None,
             fetch=all_at_once, **how):
     """`sample`, shared out: each sp rank samples its share, and all ranks end with the whole
     groups. -> N lists of G `Completion`s

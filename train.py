@@ -26,7 +26,7 @@ import model as vlm
 import rewards
 import toy
 from curriculum import Curriculum, balanced, has_signal
-from flow import Group, Ranks, Run
+from flow import Group, Run
 from plumbing import batches, command_line, lora, metrics
 from plumbing.fetching import fetch_in_rounds, fetch_own, store_received
 from plumbing.grades import read_grades
@@ -36,6 +36,7 @@ from plumbing.mixture import mixed, shares
 from plumbing.optimizer import falling, update, warmed_up
 from plumbing.progress import plan, what_next
 from plumbing.ranks import (
+    ALONE,
     deal_groups,
     gather,
     merged,
@@ -105,7 +106,7 @@ class Config:
     judges: int = 8                # how many calls of your own verifiers run at once
     judge_seconds: float = 60.0    # for each; an answer that takes longer is ungraded, not wrong
     warmup: int = 10               # optimizer steps of each stage over which lr rises linearly
-    # the sampler: both have the same distribution, but other random numbers
+    # the sampler: two engines with the same distribution, but different random numbers
     rollout: str = "torch"         # the engine in rollout.py, or "vllm" (requirements-gpu.txt)
     vllm_length: int = 16384       # most tokens of prompt plus completion; longer ones are dropped
     vllm_memory: float = 0.5       # vLLM's share of GPU memory while it samples, with its weights
@@ -134,7 +135,7 @@ def reinforce(run, stage, by_id, held_out):
         clock, meter = Clock(), Meter()
 
         # 1. Draw. More questions than we train on, since some groups will teach nothing; recent
-        #    steps decide how many more (RLCS). Dp group r takes questions r, r + dp, r + 2 dp, ...
+        #    steps decide how many more (RLCS). Team r takes questions r, r + dp, r + 2 dp, ...
         asked = curriculum.expanded(c.prompts_per_step, batches.draw_multiple(c, ranks))
         drawn = [by_id[id] for id in curriculum.draw(asked)]
         recording = stage.recording(step, drawn)           # for out/rollouts.jsonl
@@ -151,8 +152,9 @@ def reinforce(run, stage, by_id, held_out):
         with clock("rollout"):
             completions = rollout(
                 run.model, run.tokenizer, [group.prompt for group in groups],
-                completion_keys(c, step, groups, drawn), ranks, c.max_tokens, c.stage2, run.engine,
-                partial(fetch_in_rounds, run, data.fetch), **budgets(c))
+                completion_keys(c, step, groups, drawn), ranks, max_tokens=c.max_tokens,
+                stage2=c.stage2, engine=run.engine,
+                fetch=partial(fetch_in_rounds, run, data.fetch), **budgets(c))
 
         # 4. Verify. A reward for each completion; its advantage is how far it is above its group.
         with clock("verify"):
@@ -161,16 +163,16 @@ def reinforce(run, stage, by_id, held_out):
             totals = torch.tensor([reward.total for reward in group.rewards])
             group.advantages = grpo.advantages(totals)                                       # [G]
 
-        # 5. Keep. A group that is all right or all wrong teaches nothing. Of the others keep those
-        #    nearest to half right, and tell the curriculum about all of them.
+        # 5. Keep. A group whose accuracies are all equal teaches nothing. Of the others keep those
+        #    nearest to half right, and tell the curriculum about all groups.
         facts = merged({group.slot: describe(group) for group in groups}, ranks)   # of all groups
         accuracies = {slot: [x["accuracy"] for x in facts[slot]] for slot in sorted(facts)}  # [G]
         for slot, group_accuracies in accuracies.items():
             curriculum.update(drawn[slot].id, sum(group_accuracies), len(group_accuracies))
-        signal = sum(map(has_signal, accuracies.values()))
-        capped = curriculum.note_valid(signal, len(accuracies), c.oversample_cap)
+        with_signal = sum(map(has_signal, accuracies.values()))
+        capped = curriculum.note_valid(with_signal, len(accuracies), c.oversample_cap)
         kept = balanced(accuracies, c.prompts_per_step)                                    # slots
-        metrics.warn_of_shortage(run, step, len(kept), signal, len(accuracies), capped)
+        metrics.warn_of_shortage(run, step, len(kept), with_signal, len(accuracies), capped)
         recording.choose(groups, facts, kept, ungraded, data.open_video)
 
         # 6. Learn. Each update has groups of its own, dealt out so that all ranks do equal work
@@ -201,23 +203,23 @@ def reinforce(run, stage, by_id, held_out):
                 balance.append(imbalance)
 
         # 7. Log, evaluate, save.
-        record = metrics.summary(facts, drawn, meter, clock)
+        values = metrics.summary(facts, drawn, meter, clock)
         gap, gap_max = meter.sampler_gap()
-        record |= {"valid_groups": len(kept), "oversample": asked / c.prompts_per_step,
-                   "invalid_rate": 1 - signal / len(accuracies) if accuracies else 0.0,
+        values |= {"valid_groups": len(kept), "oversample": asked / c.prompts_per_step,
+                   "invalid_rate": 1 - with_signal / len(accuracies) if accuracies else 0.0,
                    "sampler_gap": gap, "sampler_gap_max": gap_max, "skipped": skipped,
                    "dropped": len(curriculum.dropped), "unscored": len(ungraded),
                    "balance": mean(balance) if balance else 1.0, "grad_norm": mean(norms)}
         metrics.show(run, step, groups, ungraded)
         recording.write()
         if c.eval_every and ((step + 1) % c.eval_every == 0 or step + 1 == c.rl_steps):
-            record |= evaluate.for_the_log(run, held_out, f"RL {step + 1}")
-        stage.log(step, metrics.one_line(record, asked), **record)
+            values |= evaluate.for_the_log(run, held_out, f"RL {step + 1}")
+        stage.log(step, metrics.one_line(values, asked), **values)
         stage.save_if_due(step)
 
 
 def encode_questions(run, stage, drawn):
-    """Those of a step's questions that are this dp group's, as `Group`s that have a prompt."""
+    """Those of a step's questions that are this team's, as `Group`s that have a prompt."""
     c, ranks = run.config, run.ranks
     slots = range(ranks.dp_rank, len(drawn), ranks.dp)
     prompts, dropped = data.make_prompts(run, [drawn[slot] for slot in slots],
@@ -261,7 +263,8 @@ def describe(group):
 
 
 def loss_divisor(slots, facts, c):
-    """The completions of a whole update, or its sampled tokens if these have equal weights."""
+    """What an update's loss is divided by: its completions, or with loss_average=token its sampled
+    tokens."""
     if c.loss_average == "sample":
         return len(slots) * c.group_size
     return sum(x["sampled"] for slot in slots for x in facts[slot])
@@ -300,9 +303,9 @@ def cold_start(run, stage, by_id, held_out, tower_trains):
                   train_s=time.perf_counter() - start_time)
         if step + 1 == c.sft_steps:
             run.model.model.visual.requires_grad_(False)
-            record = evaluate.for_the_log(run, held_out, f"cold start {c.sft_steps}")
-            if record:
-                stage.progress.log.write("sft", c.sft_steps, **record)
+            values = evaluate.for_the_log(run, held_out, f"cold start {c.sft_steps}")
+            if values:
+                stage.progress.log.write("sft", c.sft_steps, **values)
         stage.save_if_due(step)
 
 
@@ -311,8 +314,8 @@ def taught_texts(c, prompts):
 
 
 def teach(run, prompts, texts, stage2=False):
-    """Backward of -log p of each text's tokens, averaged over all tokens of the step on all ranks.
-    Gradients are left to be summed over the ranks. prompts: [(`Sample`, `Prompt`)]. -> the loss"""
+    """Backward of the mean of -log p over all tokens of the step on all ranks; `update` sums the
+    gradients. prompts: [(`Sample`, `Prompt`)], texts: one for each. -> the loss"""
     c, ranks = run.config, run.ranks
     end = vlm.stop_ids(run.model, run.tokenizer)[:1]
     groups = batches.taught_groups(run.tokenizer, prompts, texts, end)
@@ -323,7 +326,7 @@ def teach(run, prompts, texts, stage2=False):
     sum_of_losses = 0.0
     for batch in batches.taught_batches(groups, c.max_tokens, run):
         logprobs, _ = vlm.logprobs(run.model, batch.prompts, batch.tokens, run.banned,
-                                   ranks=ranks if stage2 else Ranks())                 # [N, L]
+                                   ranks=ranks if stage2 else ALONE)                   # [N, L]
         loss = -(logprobs * batch.sampled).sum() / total
         loss.backward()
         sum_of_losses += float(loss.detach()) * share
@@ -344,7 +347,7 @@ def main(c):
     for field in fields(Config):
         if getattr(c, field.name) != field.default:
             say(f"{field.name} = {getattr(c, field.name)}")
-    samples, held_out, grades = load_questions(c, say)
+    samples, held_out, grades = questions_and_grades(c, say)
     by_id = {sample.id: sample for sample in samples}
     mixture = shares(c.mixture, samples)
     cache = encode.Cache(c.cache_gb * 2 ** 30, c.cache_dir, tqdm.write)
@@ -387,7 +390,7 @@ def main(c):
     say(what_next(c, ranks, held_out or samples, Options, measure))
 
 
-def load_questions(c, say):
+def questions_and_grades(c, say):
     """-> samples to train on, samples to evaluate on, and grades {id: (correct, total)}"""
     samples, held_out = data.load_questions(c, say)
     if not samples:

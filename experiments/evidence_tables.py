@@ -36,18 +36,22 @@ def header(*cells):
 
 
 def judged(row, results):
-    """Text: the verdict, and whether the difference is too small to be worth claiming."""
+    """Text: the verdict, and whether all of the interval is below or above the smallest difference
+    worth claiming."""
     found = rows.differences(row, results)
     said = verdict(found, row.sign, row.least)
     if said not in COLOURS:
         return said
     if not is_finished(found, row.least) and rows.hours(results) < rows.HOURS:
         said += " so far"
-    small = max(abs(end) for end in interval(found)) < row.least
-    if row.sign != "=" and small:
-        said += f": less than {row.least:g}" + ", if any" * said.startswith("not resolved")
-    if said == "not resolved" and row.sign == "=" and is_narrow(found, row.least):
-        said += f": close to {row.least:g}"
+    ends = [abs(end) for end in interval(found)]
+    if row.sign == "=":
+        return said
+    if max(ends) < row.least:
+        said += f": less than {row.least:g}"
+        return said if "not resolved" not in said else f"{said}, if any"
+    if min(ends) > row.least and "not resolved" not in said:
+        said += f": more than {row.least:g}"
     return said
 
 
@@ -88,16 +92,23 @@ def numbers_of(row, results):
     n = digits(row.least)
     a, b = zip(*pairs)
     found = [x - y for x, y in pairs]
-    difference = f"{statistics.mean(found):+.{n}f}"
+    difference = signed(statistics.mean(found), n)
     if len(found) >= FEWEST:
         low, high = interval(found)
-        difference += f" ({low:+.{n}f} to {high:+.{n}f})"
+        difference += f" ({signed(low, n)} to {signed(high, n)})"
     return (f"{statistics.mean(a):.{n}f}", f"{statistics.mean(b):.{n}f}", difference,
             f"{row.least:g}", seeds_text(row, found), judged(row, results))
 
 
+def signed(x, n):
+    """Text: x with n decimals, or with one more where that shows that it is not zero."""
+    if round(x, n) == 0:
+        n += 1
+    return f"{x:+z.{n}f}"                                  # z: no "-0.0"
+
+
 def main_table(results):
-    """The README's: a row for each of the papers' ideas."""
+    """The README's: the rows that matter most."""
     lines = header("claim", "difference (95% interval)", "verdict")
     for row in rows.ROWS:
         if row.short:
@@ -165,9 +176,10 @@ def frames_table(results):
     lines = header("frames", *map(str, rows.FRAMES))
     for name in ("once", "thinks"):
         cells = []
-        for frames in rows.FRAMES:
+        for frames in rows.FRAMES:                         # of seeds that have both runs
             measure = partial(measures.accuracy_at, frames)
-            cells.append(spread(by_seed(results, measure, f"{name}-frames")))
+            cells.append(spread(by_seed(results, measure, f"{name}-frames", "once-frames",
+                                        "thinks-frames")))
         lines.append(line(f"`{name}`", *cells))
     return lines
 
@@ -185,6 +197,18 @@ def domains_table(results):
         for measure in (*lifts, measures.lift):
             cells.append(spread(by_seed(results, measure, f"{name}-all", "before-five")))
         lines.append(line(f"`{name}`", *cells))
+    return lines
+
+
+def fooled_table(results):
+    """What a verifier sees in count, and what is true there."""
+    lines = header("verifier", "accuracy it sees: first step", "last three steps",
+                   "true accuracy, held out, at the end")
+    for name, verifier in (("base", "ours"), ("hacked", "one that can be fooled")):
+        cells = []
+        for measure in (measures.first_accuracy, measures.last_accuracy, measures.true_accuracy):
+            cells.append(spread(by_seed(results, measure, name, "base", "hacked", "hacked-true")))
+        lines.append(line(verifier, *cells))
     return lines
 
 
@@ -226,7 +250,8 @@ def cost_table(results):
 
 TABLES = {"claims": claims_table, "main": main_table, "changed": changed_table,
           "grades": grades_table, "estimates": estimates_table, "frames": frames_table,
-          "domains": domains_table, "runs": runs_table, "least": least_table, "cost": cost_table}
+          "domains": domains_table, "fooled": fooled_table, "runs": runs_table,
+          "least": least_table, "cost": cost_table}
 PAGES = ("docs/evidence.md", "README.md")
 
 
@@ -270,7 +295,8 @@ def draw(results, path):
     axis.set_xticks(ticks, ticks)
     axis.set(xlim=(-FARTHEST, FARTHEST), ylim=(len(labels) - 0.3, -0.7),
              xlabel="difference and 95% interval, in smallest differences worth claiming\n"
-                    "right of zero: as claimed; for a claim of equality: within the grey band")
+                    "right of zero: as claimed; for a claim of equality: within the grey band; "
+                    "hollow: less than worth claiming")
     for said, colour in COLOURS.items():
         axis.plot([], [], "o-", color=colour, label=said)
     axis.legend(fontsize=8, frameon=False, loc="lower left")
@@ -279,7 +305,7 @@ def draw(results, path):
 
 def draw_row(axis, place, row, found):
     """A row's interval, in the colour of its verdict. What lies beyond the picture ends in an
-    arrow; the number of seeds is at the right."""
+    arrow; the number of seeds is at the right. Hollow: all of it is within the grey band."""
     seeds = "1 seed" if len(found) == 1 else f"{len(found)} seeds"
     axis.annotate(seeds, (1.01, place), xycoords=("axes fraction", "data"),
                   fontsize=7, va="center", color="dimgray")
@@ -290,7 +316,9 @@ def draw_row(axis, place, row, found):
     low, high = interval(scaled)
     colour = COLOURS[verdict(found, row.sign, row.least)]
     axis.plot([low, high], [place, place], color=colour, linewidth=1.8, solid_capstyle="butt")
-    axis.plot([statistics.mean(scaled)], [place], "o", color=colour, markersize=4.5)
+    inner = "white" if max(abs(low), abs(high)) < 1 else colour
+    axis.plot([statistics.mean(scaled)], [place], "o", color=colour, markersize=4.5,
+              markerfacecolor=inner)
     for end, marker in ((high, ">"), (low, "<")):
         if abs(end) > FARTHEST:
             edge = math.copysign(FARTHEST, end)

@@ -14,7 +14,6 @@ FEWEST, MOST = 3, 12           # seeds of a row
 # 97.5% quantiles of Student's t, by degrees of freedom.
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262,
      10: 2.228, 11: 2.201}
-NORMAL = 1.960                 # ... of the normal distribution, for more
 
 
 def half_width(differences):
@@ -67,6 +66,13 @@ def seeds_needed(differences, least):
     as these do."""
     spread = statistics.stdev(differences)
     n = FEWEST
-    while 2 * T.get(n - 1, NORMAL) * spread >= least * math.sqrt(n):
+    while 2 * quantile(n - 1) * spread >= least * math.sqrt(n):
         n += 1
     return n
+
+
+def quantile(freedom):
+    """T, and an expansion about the normal distribution's for more degrees of freedom."""
+    z = 1.959964
+    return T.get(freedom) or (z + (z ** 3 + z) / (4 * freedom)
+                              + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * freedom ** 2))

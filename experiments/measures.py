@@ -114,11 +114,24 @@ def open_accuracy(of, name):
 
 
 def verifier_gap(of, name):
-    """Accuracy in count of the last three steps' samples by the run's own verifier, minus that of
-    greedy answers by the built-in one."""
-    by_own = statistics.mean(of[name]["steps"]["accuracy_count"][-3:])
+    """`last_accuracy`, minus `true_accuracy`."""
+    return last_accuracy(of, name) - true_accuracy(of, name)
+
+
+def true_accuracy(of, name):
+    """Held-out accuracy in count at the end, by the built-in verifier."""
     by_built_in = "hacked-true" if name == "hacked" else name
-    return 100 * by_own - domain_accuracy("count", of, by_built_in)
+    return domain_accuracy("count", of, by_built_in)
+
+
+def first_accuracy(of, name):
+    """Accuracy in count of the first step's samples, by the run's own verifier."""
+    return 100 * of[name]["steps"]["accuracy_count"][0]
+
+
+def last_accuracy(of, name):
+    """Likewise of the last three steps."""
+    return 100 * statistics.mean(of[name]["steps"]["accuracy_count"][-3:])
 
 
 def commonest_answer(of, name):

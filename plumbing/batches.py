@@ -9,9 +9,9 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
-from flow import Completion, Group, Prompt, Ranks
+from flow import Completion, Group, Prompt
 from plumbing.families import TAGS, tokenize_text, vision_width
-from plumbing.ranks import gather, shard
+from plumbing.ranks import ALONE, gather, shard
 
 
 @dataclass
@@ -29,7 +29,7 @@ def micro_batches(groups, max_tokens, run):
     """Yields this rank's share of the groups as `Batch`es of at most max_tokens positions, padding
     included. A group that has more by itself is a batch of its own.
 
-    groups: those of this dp group. All its sp ranks get batches of the same prompts in the same
+    groups: those of this team. All its sp ranks get batches of the same prompts in the same
     order, since they fetch the vision tokens together. Longest first pads little. Inside a batch
     the groups stay in their order.
     """
@@ -148,7 +148,7 @@ def longest_share(group, c, sp):
 
 def sharers(c, ranks):
     """The ranks that share each packed sequence: those of the sp group with stage 2, else none."""
-    return ranks if c.stage2 else Ranks()
+    return ranks if c.stage2 else ALONE
 
 
 def split(slots, n):

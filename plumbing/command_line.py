@@ -203,4 +203,4 @@ def check_training(c, ranks):
                          "pip install tensorboard")
     if c.prompts_per_step % ranks.dp:
         raise ValueError(f"prompts_per_step = {c.prompts_per_step} is not divisible by the "
-                         f"{ranks.dp} dp groups")
+                         f"{ranks.dp} dp teams")

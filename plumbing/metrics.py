@@ -159,7 +159,7 @@ def peak_bytes():
 # what is printed and logged of an RL step
 
 def summary(facts, drawn, meter, clock):
-    """What is logged about all completions of a step. facts: {slot: `describe`} of all dp groups"""
+    """What is logged about all completions of a step. facts: {slot: `describe`} of all teams"""
     rows = [row for slot in facts for row in facts[slot]]
     record = {}
     for key in ("reward", "accuracy", "format", "length", "forced", "truncated"):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from flow import Ranks
 
+ALONE = Ranks()                    # a rank that shares nothing
 PATIENCE = timedelta(minutes=30)   # how long a rank waits for another, which may be saving
 
 
@@ -178,11 +179,11 @@ def deal(costs, homes, n):
 
 
 def deal_groups(tokens, ranks):
-    """Distribute groups over the dp groups, so that all train on about as many tokens (GLM-4.1V
+    """Distribute groups over the dp teams, so that all train on about as many tokens (GLM-4.1V
     §5.4).
 
-    tokens: {slot: tokens}; dp group slot % dp has the group. -> {slot: dp group}, and the largest
-    load of a dp group divided by the mean load
+    tokens: {slot: tokens}; team slot % dp has the group. -> {slot: team}, and the largest load of a
+    team divided by the mean load
     """
     homes = {slot: slot % ranks.dp for slot in tokens}
     destination = deal(tokens, homes, ranks.dp)
@@ -193,9 +194,9 @@ def deal_groups(tokens, ranks):
 
 
 def send_groups(groups, destination, ranks, fetch, store):
-    """Send groups from the dp groups that rolled them out, slot % dp, to those that train on them.
+    """Send groups from the teams that rolled them out, slot % dp, to those that train on them.
 
-    groups: this rank's; destination: {slot: dp group}, equal on all ranks; fetch(prompts) -> with
+    groups: this rank's; destination: {slot: team}, equal on all ranks; fetch(prompts) -> with
     their vision tokens; store(group) is called with each group that arrives, -> the group as it
     stays. Sp rank s sends to sp rank s, one group after another: vision tokens, which may be
     gigabytes, as they are, and the rest as an object. -> groups to train on here, by slot
@@ -239,7 +240,7 @@ def gather(x, ranks):
 
 
 def gather_sp(x, ranks):
-    """x of every sp rank of this dp group, as a list in the order of ranks."""
+    """x of every sp rank of this team, as a list in the order of ranks."""
     if ranks.sp == 1:
         return [x]
     every = [None] * ranks.sp

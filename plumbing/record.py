@@ -113,7 +113,7 @@ class Recording:
         self.update = {}       # {slot: number of the update that trains on it}
         for number, part in enumerate(split(kept, self.run.config.updates_per_rollout)):
             self.update |= dict.fromkeys(part, number)
-        # Rank 0 has the completions of its own dp group.
+        # Rank 0 has the completions of its own team.
         here = [slot for slot in self.fates if slot % self.run.ranks.dp == 0]
         self.chosen = of_interest(here, self.fates, facts, self.update)
         self.groups = {group.slot: group for group in groups if group.slot in self.chosen}

@@ -4,13 +4,13 @@ The attention of a packed group's completions: each sees the prefix and its own 
 One call for both would need a mask, and kernels that read a mask are slow: on an H200 they took 59%
 of a group's forward and backward. So there are two calls that need none: over the prefix, which all
 queries see whole, and over the completion, which is causal. They are two parts of one softmax.
-Beside its output o, a kernel returns s, the logarithm of the sum of a query's exponentials. Of both
-parts together
+Besides its output o, a kernel returns s, the logarithm of the sum of a query's exponentials. The
+parts merge exactly:
 
     s = log(exp(s1) + exp(s2))            o = exp(s1 - s) o1 + exp(s2 - s) o2
 
 The backward of each part is its kernel's own, given the merged s and o. (Ring attention, arXiv
-2310.01889, merges the parts of its ranks like that.)
+2310.01889, merges the parts of its ranks in the same way.)
 """
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ def attend_backward(grad, q, k, v, o, s, state, causal, scale):
 # --------------------------------------------------------------------------------------------------
 # the two parts
 
-class Completions:
+class Layout:
     """The N completions of B rows with C places each, as N rows of their own with L places, L the
     longest, padded on the right."""
 
@@ -81,7 +81,7 @@ class TwoParts(torch.autograd.Function):
     """apply(q [B,heads,C,d], prefix_k, prefix_v [B,kv heads,P,d], own_k, own_v [B,kv heads,C,d],
     lengths, completions, scale) -> [B,heads,C,d]
 
-    lengths: B integers, of the prefixes without padding; completions: `Completions`.
+    lengths: B integers, of the prefixes without padding; completions: their `Layout`.
     """
 
     @staticmethod

@@ -160,7 +160,7 @@ def test_help_shows_the_commands_and_every_hyperparameter(monkeypatch, capsys):
     (dict(group_size=0), "group_size = 0"),
     (dict(group_size=-4), "group_size = -4"),
     (dict(group_size=9), "group_size = 9 is not divisible by sp = 2"),
-    (dict(prompts_per_step=5), "prompts_per_step = 5 is not divisible by the 3 dp groups"),
+    (dict(prompts_per_step=5), "prompts_per_step = 5 is not divisible by the 3 dp teams"),
     (dict(pass_k=9), "pass_k = 9 is more than group_size = 8"),
     (dict(think_budget=0, force_answer=False), "leave no answer"),
     *[(dict(oversample_cap=cap), f"oversample_cap = {cap} must be a number of at least 1")

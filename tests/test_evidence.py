@@ -82,6 +82,9 @@ def test_seeds_are_added_until_the_interval_is_narrow():
     needed = intervals.seeds_needed([1.0, 2.0, 3.0], 2)    # 2 * t * 1 / sqrt(n) < 2: n = 7
     assert needed == 7
     assert 2 * intervals.T[5] / math.sqrt(6) > 2 > 2 * intervals.T[6] / math.sqrt(7)
+    # More degrees of freedom than rows can have, from a table of Student's t.
+    for freedom, t in ((10, 2.228), (12, 2.179), (20, 2.086), (60, 2.000), (1000, 1.962)):
+        assert intervals.quantile(freedom) == pytest.approx(t, abs=2e-3)
 
 
 @pytest.mark.method
@@ -385,6 +388,23 @@ def test_the_order_of_work(tmp_path):
     assert evidence.order(lines_of(*rows.RUNS, seeds=range(12))) == []
     del results[0]["follows"]                              # seeds count in order
     assert rows.complete_seeds(first, results) == 0
+
+
+def test_a_verdict_says_how_large_the_difference_is():
+    """A difference that is seen may be too small to be worth claiming."""
+    row = rows.Row("a", "b", "points", measures.accuracy, "base", ">", "plain", 2.0, "why")
+    for base, said in (((95.0, 95.1, 94.9), "seen: more than 2"),
+                       ((91.0, 91.1, 90.9), "seen: less than 2"),
+                       ((90.0, 90.1, 89.9), "not resolved: less than 2, if any"),
+                       ((89.0, 89.1, 88.9), "opposite: less than 2"),
+                       ((92.0, 92.1, 91.9), "seen")):
+        results = {}
+        for seed, accuracy in enumerate(base):
+            results[seed] = {"base": {"held_out": [{"accuracy": accuracy / 100}], "cpu_seconds": 0},
+                             "plain": {"held_out": [{"accuracy": 0.9}], "cpu_seconds": 0}}
+        assert tables.judged(row, results) == said
+    assert tables.signed(-0.04, 1) == "-0.04" and tables.signed(-1e-15, 1) == "+0.00"
+    assert tables.signed(0.0003, 3) == "+0.0003" and tables.signed(-1.26, 1) == "-1.3"
 
 
 def test_no_run_is_begun_once_the_hours_are_used(tmp_path, monkeypatch):
