@@ -27,13 +27,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+from flow import Ranks
 from plumbing.families import vision_width
-from plumbing.ranks import ALONE, on_first, shard, start, together  # noqa: F401  scripts call start
+from plumbing.ranks import on_first, shard, start, together  # noqa: F401  scripts call start
 from plumbing.store import Disk, sha256
 
 # --------------------------------------------------------------------------------------------------
 # stage 1: frames over the ranks
 
+ALONE = Ranks()
 AT_ONCE = 64             # temporal patches that go through the tower at once
 ENCODING_VERSION = "1"   # bump it when the same tower and pixels would give different tokens
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import encode
-from flow import Pixels, Prompt, PromptError  # noqa: F401  Pixels is found here too
+from flow import Pixels, Prompt, PromptError, Ranks  # noqa: F401  Pixels is found here too
 from plumbing import families
 from plumbing.checkpoints import ATTENTION, load  # noqa: F401
 from plumbing.checkpoints import save_pretrained as save  # noqa: F401
@@ -32,9 +32,10 @@ from plumbing.families import (  # noqa: F401
     vision_pad,
 )
 from plumbing.frames import resize
-from plumbing.ranks import ALONE
 from plumbing.sharding import one_forward
 from plumbing.two_parts import Layout, TwoParts
+
+ALONE = Ranks()
 
 # --------------------------------------------------------------------------------------------------
 # frames -> patches -> vision tokens

@@ -19,18 +19,19 @@ import data
 import encode
 import model as vlm
 import toy
-from flow import Completion
+from flow import Completion, Ranks
 from plumbing.batches import cut, own_shares
 from plumbing.command_line import check_choice, check_range, parse
 from plumbing.families import decode, tokenize
 from plumbing.progress import Screen
-from plumbing.ranks import ALONE, gather_sp, run_command, start
+from plumbing.ranks import gather_sp, run_command, start
 from plumbing.sharding import gathered
 from plumbing.streams import uniform
 from plumbing.vllm_engine import vllm_rollout
 
 FORCED_TEXT = "</think><answer>"   # written when the thinking budget has run out
 WAIT_TEXT = "\nWait,"              # written in place of a </think> that comes too early
+ALONE = Ranks()
 MOST_SPARE = 1.1                   # rows decoded / rows unfinished; above it, finished ones leave
 
 
@@ -251,9 +252,8 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     thought would end before think_least tokens, WAIT_TEXT is written (budget forcing of s1, arXiv
     2501.19393). What is written is tokenized by itself and marked as not sampled.
     keys: N lists of G, one for each completion, from which `plumbing.streams` makes its random
-    numbers; watch(writing), if given, is
-    called at each step with the first completion's `Writing`; banned: bool [vocabulary], None:
-    `model.banned_ids`; ranks: their sp ranks share this prefill.
+    numbers; watch(writing), if given, is called at each step with the first completion's `Writing`;
+    banned: bool [vocabulary], None: `model.banned_ids`; ranks: their sp ranks share this prefill.
     """
     G, device = len(keys[0]), model.device
     steps = room(tokenizer, think_budget, answer_budget, forced)

@@ -26,7 +26,7 @@ import model as vlm
 import rewards
 import toy
 from curriculum import Curriculum, balanced, has_signal
-from flow import Group, Run
+from flow import Group, Ranks, Run
 from plumbing import batches, command_line, lora, metrics
 from plumbing.fetching import fetch_in_rounds, fetch_own, store_received
 from plumbing.grades import read_grades
@@ -36,7 +36,6 @@ from plumbing.mixture import mixed, shares
 from plumbing.optimizer import falling, update, warmed_up
 from plumbing.progress import plan, what_next
 from plumbing.ranks import (
-    ALONE,
     deal_groups,
     gather,
     merged,
@@ -326,7 +325,7 @@ def teach(run, prompts, texts, stage2=False):
     sum_of_losses = 0.0
     for batch in batches.taught_batches(groups, c.max_tokens, run):
         logprobs, _ = vlm.logprobs(run.model, batch.prompts, batch.tokens, run.banned,
-                                   ranks=ranks if stage2 else ALONE)                   # [N, L]
+                                   ranks=ranks if stage2 else Ranks())                 # [N, L]
         loss = -(logprobs * batch.sampled).sum() / total
         loss.backward()
         sum_of_losses += float(loss.detach()) * share

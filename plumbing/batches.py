@@ -9,9 +9,9 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
-from flow import Completion, Group, Prompt
+from flow import Completion, Group, Prompt, Ranks
 from plumbing.families import TAGS, tokenize_text, vision_width
-from plumbing.ranks import ALONE, gather, shard
+from plumbing.ranks import gather, shard
 
 
 @dataclass
@@ -148,7 +148,7 @@ def longest_share(group, c, sp):
 
 def sharers(c, ranks):
     """The ranks that share each packed sequence: those of the sp group with stage 2, else none."""
-    return ranks if c.stage2 else ALONE
+    return ranks if c.stage2 else Ranks()
 
 
 def split(slots, n):

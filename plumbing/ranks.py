@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from flow import Ranks
 
-ALONE = Ranks()                    # a rank that shares nothing
 PATIENCE = timedelta(minutes=30)   # how long a rank waits for another, which may be saving
 
 
