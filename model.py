@@ -49,17 +49,17 @@ def patchify(frames, px, size=None, device="cpu"):
     Returns (float32 [t*h*w, 3*temporal*patch*patch], (t, h, w) in patches).
     """
     size = size or frame_size(*frames.shape[1:3], px, len(frames))
-    x = resize(frames, size).to(device).permute(0, 3, 1, 2)            # [T, 3, H', W'], still uint8
-    mean = torch.tensor(px.mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(px.std, device=device).view(1, 3, 1, 1)
-    x = (x.float() - mean * 255) / (std * 255)
+    x = resize(frames, size).to(device).permute(0, 3, 1, 2)            # [T, 3, H', W']
     missing = -len(x) % px.temporal
     x = torch.cat([x, x[-1:].expand(missing, -1, -1, -1)])
     t, h, w = len(x) // px.temporal, size[0] // px.patch, size[1] // px.patch
     x = x.view(t, px.temporal, 3, h // px.merge, px.merge, px.patch,
                w // px.merge, px.merge, px.patch)
     x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)   # t, h', w', merge x2, colour, temporal, patch x2
-    return x.reshape(t * h * w, -1), (t, h, w)
+    x = x.reshape(t * h * w, 3, -1).float()    # only now: the bytes were a quarter to move
+    mean = torch.tensor(px.mean, device=device)[:, None]               # [3, 1]
+    std = torch.tensor(px.std, device=device)[:, None]
+    return x.sub_(mean * 255).div_(std * 255).flatten(1), (t, h, w)
 
 
 class VideoPatches:
