@@ -9,8 +9,7 @@ MR-SP (LongVILA-R1, section 5): one long video shared out over the ranks.
 
 The calls from a question to its vision tokens, each made by the one above it:
 
-    data.vision_tokens    for data.make_prompts, which makes the prompt, and for data.fetch, when
-                          the tokens are computed with
+    data.vision_tokens    called by data.make_prompts, and by data.fetch when they are needed
     Cache.get             returns the tokens from memory or disk, or has them made:
     model.encode_video    says how the video's frames become patches
     encode                has each sp rank encode its own frames, and gathers all of them

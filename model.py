@@ -44,8 +44,8 @@ def patchify(frames, px, size=None, device="cpu"):
     """Frames to the tower's input: the patches of one vision token stand together.
 
     frames: uint8 [T,H,W,3]; px: `Pixels`; size: (height, width) that they are resized to, None
-    where they are a whole video; device: where the patches are made (frames are a quarter of the
-    bytes to move there). An odd last frame is repeated to fill its temporal patch.
+    where they are a whole video; device: where the patches are made (the frames go there as bytes).
+    An odd last frame is repeated to fill its temporal patch.
     Returns (float32 [t*h*w, 3*temporal*patch*patch], (t, h, w) in patches).
     """
     size = size or frame_size(*frames.shape[1:3], px, len(frames))
@@ -56,7 +56,7 @@ def patchify(frames, px, size=None, device="cpu"):
     x = x.view(t, px.temporal, 3, h // px.merge, px.merge, px.patch,
                w // px.merge, px.merge, px.patch)
     x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)   # t, h', w', merge x2, colour, temporal, patch x2
-    x = x.reshape(t * h * w, 3, -1).float()    # only now: the bytes were a quarter to move
+    x = x.reshape(t * h * w, 3, -1).float()    # only now: bytes are a quarter of the size
     mean = torch.tensor(px.mean, device=device)[:, None]               # [3, 1]
     std = torch.tensor(px.std, device=device)[:, None]
     return x.sub_(mean * 255).div_(std * 255).flatten(1), (t, h, w)

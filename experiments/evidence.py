@@ -149,8 +149,8 @@ def by_grade(folder):
 
 def order(results):
     """[(row, seed)] that are missing, in the order of work: first three seeds of each row, the most
-    important row first; then a seed at a time for the rows whose interval is still too wide. None
-    once the hours are used."""
+    important row first; then a seed at a time for the rows whose interval is still too wide. Once
+    the hours are used, nothing is."""
     if rows.hours(results) >= rows.HOURS:
         return []
     wanted = []
@@ -283,7 +283,8 @@ def finish(job, usage, out, results_file, version):
 
 
 def make_all(out, workers=2, results_file=RESULTS):
-    """Until no row wants a seed. -> names of the runs that failed; the others go on without them"""
+    """Until no row wants a seed, or the hours are used. -> names of the runs that failed; the
+    others go on without them"""
     out.mkdir(parents=True, exist_ok=True)
     write_questions(out)
     version = commit()

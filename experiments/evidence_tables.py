@@ -101,7 +101,7 @@ def numbers_of(row, results):
 
 
 def signed(x, n):
-    """Text: x with n decimals, or with one more where that shows that it is not zero."""
+    """Text: x with n decimals, or with one more if it would be shown as zero."""
     if round(x, n) == 0:
         n += 1
     return f"{x:+z.{n}f}"                                  # z: no "-0.0"

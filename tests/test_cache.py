@@ -542,7 +542,7 @@ def case_alike(folder, ranks):
 
 
 def case_one_video(folder, ranks):
-    """sp = 1: two dp groups ask for one video at the same time, in a cache that is slow to make."""
+    """sp = 1: two dp teams ask for one video at the same time, in a cache that is slow to make."""
     made = []
 
     def make():

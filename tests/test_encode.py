@@ -229,7 +229,7 @@ def case_prefill(model, ranks):
 
 
 def case_own_video(model, ranks):
-    """Each dp group encodes a film of its own, of its own length, at the same time."""
+    """Each team encodes a film of its own, of its own length, at the same time."""
     t = 5 + 2 * ranks.dp_rank
     reads = []
     open_patches = opener(noise_patches(t, 4, 6, seed=ranks.dp_rank), 4, 6, reads)
@@ -465,7 +465,7 @@ def test_an_error_on_one_rank_is_raised_on_all(brought, tower, world):
     assert [r["open"] for r in results] == [("VideoError", "no such file on rank 1")] * size
 
 
-def test_dp_groups_encode_different_videos_at_once(brought, tower):
+def test_teams_encode_different_videos_at_once(brought, tower):
     """Two machines of two ranks: sp is the ranks of a machine, and no token crosses from one group
     to the other."""
     results = brought("two machines", "case_own_video")

@@ -157,9 +157,9 @@ def worker(folder, size, *arguments):
 
 def test_groups_bring_their_vision_tokens_to_other_ranks(run, tmp_path):
     """Four ranks, two to a video, without a cache on disk. A group that is trained on by the other
-    dp group brings its tokens: nobody encodes them again while they are kept, and what is kept
+    team brings its tokens: nobody encodes them again while they are kept, and what is kept
     stays within its bound, but for one that is made, one sent and one computed with. With FSDP no
-    rank waits for rounds of a rollout that others do not have: the dp groups have unlike numbers of
+    rank waits for rounds of a rollout that others do not have: the dp teams have unlike numbers of
     prompts, since some videos are missing."""
     gone = [question(i, video=f"{i}.mp4") for i in range(3)]
     how = {**run.how, **STEP, "model": run.model, "data": videos(tmp_path, *gone)}

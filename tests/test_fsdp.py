@@ -76,7 +76,7 @@ def moments(optimizer):
 
 
 def some_steps(ranks, stage2, fsdp):
-    """Three optimizer steps of RL on what was sampled before them, in some of which a dp group has
+    """Three optimizer steps of RL on what was sampled before them, in some of which a team has
     nothing to do; one of cold start; one without a finite gradient; one of no group at all. Several
     micro-steps each, more on some ranks than on others."""
     model, tokenizer = vlm.load("tiny", seed=3)

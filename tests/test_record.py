@@ -123,7 +123,7 @@ def test_which_groups_are_shown():
     assert shown() == [0, 1, 3, 4]
     assert shown(forced=[1, 3, 5]) == [5, 1, 3, 4]
     assert shown(forced=[4]) == [4, 1, 3, 5]
-    assert shown(slots=[0, 2]) == [0, 2]                   # those of rank 0's dp group
+    assert shown(slots=[0, 2]) == [0, 2]                   # those of rank 0's team
     assert shown(slots=[1]) == [1] and shown(slots=[]) == []
 
 

@@ -1,6 +1,6 @@
 """python -m pytest tests/test_send_groups.py -q
 
-Groups dealt over the dp groups: each is trained on by one of them, and the step is that of a rank
+Groups dealt over the dp teams: each is trained on by one of them, and the step is that of a rank
 that has them all. This file, run as a script by torchrun, is what each rank does.
 """
 import os
@@ -89,7 +89,7 @@ def of_one_rank():
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_groups_that_move_train_as_if_they_had_stayed(of_one_rank, world, tmp_path):
-    """D16, D29: each group is trained on by one dp group, with its own video bit for bit, and the
+    """D16, D29: each group is trained on by one team, with its own video bit for bit, and the
     ranks' gradients sum to one rank's."""
     result = ended(launched(str(tmp_path), script=os.path.abspath(__file__), world=world))
     assert result.code == 0, result.err
@@ -99,7 +99,7 @@ def test_groups_that_move_train_as_if_they_had_stayed(of_one_rank, world, tmp_pa
         *_, expected_sums, expected_norm, expected = of_one_rank[name]
         case = (sp, stage2, name, before, after)
         assert alike and sorted(sum(after[::sp], [])) == STEPS[name], case
-        # The sp ranks of a dp group hold the same groups.
+        # The sp ranks of a team hold the same groups.
         assert all(after[rank] == after[rank - rank % sp] for rank in range(world)), case
         assert (before != after) == (name != "one"), case  # a group alone has no cause to move
         assert (min(map(len, after)) == 0) == (name == "one"), case

@@ -81,7 +81,7 @@ def new_run(ranks, checkpoint, **how):
 
 
 def prompts_of(run, questions):
-    """Of this dp group's part of five questions."""
+    """Of this team's part of five questions."""
     samples = data.load(questions)[:5]
     c, ranks = run.config, run.ranks
     most = room(run.tokenizer, c.think_budget, c.answer_budget)
