@@ -29,7 +29,7 @@ import evidence_tables  # noqa: E402
 import measures  # noqa: E402
 import rows  # noqa: E402
 import visits  # noqa: E402
-from intervals import FEWEST, is_finished  # noqa: E402
+from intervals import FEWEST  # noqa: E402
 
 import data  # noqa: E402
 
@@ -151,14 +151,12 @@ def order(results):
     """[(row, seed)] that are missing, in the order of work: first three seeds of each row, the most
     important row first; then a seed at a time for the rows whose interval is still too wide. Once
     the hours are used, nothing is."""
-    if rows.hours(results) >= rows.HOURS:
-        return []
     wanted = []
     for place, row in enumerate(rows.ROWS):
-        found = rows.differences(row, results)
-        if is_finished(found, row.least):
+        if not rows.gets_more_seeds(row, results):
             continue
-        for seed in range(len(found), max(FEWEST, len(found) + 1)):
+        seeds = rows.complete_seeds(row, results)
+        for seed in range(seeds, max(FEWEST, seeds + 1)):
             when = (0, place, seed) if seed < FEWEST else (1, seed, place)
             wanted.append((when, row, seed))
     wanted.sort(key=itemgetter(0))

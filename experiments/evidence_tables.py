@@ -12,7 +12,6 @@ from intervals import (
     FEWEST,
     half_width,
     interval,
-    is_finished,
     is_narrow,
     seeds_needed,
     verdict,
@@ -42,17 +41,16 @@ def judged(row, results):
     said = verdict(found, row.sign, row.least)
     if said not in COLOURS:
         return said
-    if not is_finished(found, row.least) and rows.hours(results) < rows.HOURS:
-        said += " so far"
-    ends = [abs(end) for end in interval(found)]
+    text = f"{said} so far" if rows.gets_more_seeds(row, results) else said
     if row.sign == "=":
-        return said
+        return text
+    ends = [abs(end) for end in interval(found)]
     if max(ends) < row.least:
-        said += f": less than {row.least:g}"
-        return said if "not resolved" not in said else f"{said}, if any"
-    if min(ends) > row.least and "not resolved" not in said:
-        said += f": more than {row.least:g}"
-    return said
+        any_at_all = ", if any" if said == "not resolved" else ""
+        text += f": less than {row.least:g}{any_at_all}"
+    elif min(ends) > row.least and said != "not resolved":
+        text += f": more than {row.least:g}"
+    return text
 
 
 def seeds_text(row, found):

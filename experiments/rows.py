@@ -10,7 +10,7 @@ from functools import partial
 from typing import Callable
 
 import measures as m
-from intervals import MOST
+from intervals import MOST, is_finished
 
 # Of one core, for all runs that have a line. With about 0.8 for eight cold starts without: 12.
 HOURS = 11.2
@@ -229,3 +229,8 @@ def differences(row, results):
 def hours(results):
     """Of one core, that all runs took."""
     return sum(line["cpu_seconds"] for of in results.values() for line in of.values()) / 3600
+
+
+def gets_more_seeds(row, results):
+    """Whether its interval is still too wide, and there are hours left."""
+    return hours(results) < HOURS and not is_finished(differences(row, results), row.least)
