@@ -242,7 +242,7 @@ def cost_table(results):
         for found in of.values():
             by_commit.setdefault(found["commit"], []).append(found["cpu_seconds"])
     for commit, seconds in by_commit.items():
-        lines.append(line(f"`{commit}`", str(len(seconds)), f"{sum(seconds) / 3600:.1f}"))
+        lines.append(line(f"`{commit}`", str(len(seconds)), f"{sum(seconds) / 3600:.2f}"))
     return lines
 
 
