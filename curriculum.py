@@ -19,7 +19,6 @@ import math
 import random
 import runpy
 from bisect import bisect_left, bisect_right
-from itertools import islice
 from pathlib import Path
 
 CUTS = [0.1, 0.35, 0.65, 0.9]   # pass rates between the five tiers
@@ -28,7 +27,7 @@ DECAY = 0.7                     # factor on earlier answers at each visit: a ten
 PACE = 0.1                      # how far a group's surprise moves the other estimates, in log-odds
 FLOOR = 0.1                     # smallest weight of a tier, as a share of the largest
 SMOOTH = 0.9                    # coefficient of the ratio's moving average: about ten steps
-SAMPLE = 20_000                 # of more known questions about so many stand for all
+SAMPLE = 20_000                 # of more known questions, so many random ones stand for all
 SAVED = ("epoch", "queue", "met", "dropped", "recent", "ratio")     # in a checkpoint
 LATER = ("levels", "noted_at", "surplus")      # likewise, unless empty; older checkpoints lack them
 
@@ -90,11 +89,14 @@ class Curriculum:
         return bisect_left(CUTS, rate) if rate < 0.5 else bisect_right(CUTS, rate)
 
     def census(self):
-        """-> [5] ids in use in each tier, [5] mean of p(1-p) there, 0 in an empty tier"""
+        """-> [5] ids in use in each tier, or in a sample of it, [5] mean of p(1-p) there, or 0"""
         unknown = len(self.ids) - len(self.recent) - sum(x not in self.recent for x in self.dropped)
         count = [0, 0, unknown, 0, 0]                      # often nearly all are unknown; p is 0.5
         variance = [0.0, 0.0, unknown / 4, 0.0, 0.0]       # of one answer
-        for id in islice(self.recent, 0, None, 1 + len(self.recent) // SAMPLE):
+        known = list(self.recent)
+        if len(known) > SAMPLE:            # every nth might be the first question of each video
+            known = random.Random(f"{self.seed} census").sample(known, SAMPLE)
+        for id in known:
             if id not in self.dropped:
                 p, tier = self.rate(id), self.tier(id)
                 count[tier] += 1
@@ -119,10 +121,11 @@ class Curriculum:
         """Note a group's result: `total` completions; correct is the sum of their accuracies.
 
         Training on some questions changes the answers to all. Estimates that stand still go stale,
-        longest those of hard questions, which are asked least. So a group that does better than
-        estimated raises two levels, as in Elo's rating of chess players: one of all questions and
-        one of its domain. The estimates of all others move with them, in log-odds. Ten groups that
-        do better by 0.5: 2 levels * 10 * 0.1 * 0.5 = 1, from 0.27 to 0.5.
+        longest those of hard questions, which are asked least. So a group whose question had an
+        estimate moves two levels by how much better or worse it did, as in Elo's rating of chess
+        players: one of all questions and one of its domain. The estimates of all others move with
+        them, in log-odds. Ten groups that do better by 0.5: 2 levels * 10 * 0.1 * 0.5 = 1, so from
+        0.27 to 0.5.
         """
         estimate, total_before = self.rate(id), self.recent.get(id, (0.0, 0.0))[1]
         correct_before = estimate * (2 * PRIOR + total_before) - PRIOR     # as if answered now

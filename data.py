@@ -90,18 +90,19 @@ def load_questions(c, say):
         train, held_out = samples, load(c.eval_data, c.video_dir, say)
     else:
         train, held_out = split(samples)
-    refused = []
-    for sample in train + held_out[:c.eval_samples]:
+    for sample in train + held_out:
         if sample.domain not in rewards.VERIFIERS:
             raise ValueError(f"sample {sample.id}: no verifier for domain {sample.domain!r}; "
                              f"there are: {', '.join(rewards.VERIFIERS)}")
+    refused = []
+    for sample in train + held_out[:c.eval_samples]:
         if sample.domain not in users_own:
             if rewards.VERIFIERS[sample.domain](sample.answer, sample.answer) < 1:
                 refused.append(sample.id)
     if refused:
         names = ", ".join(refused[:5]) + (", ..." if len(refused) > 5 else "")
         say(f"{len(refused)} samples have an answer that their own verifier does not accept, so "
-            f"nobody can be right: {names}")
+            f"{check_data.NOBODY_IS_RIGHT}: {names}")
     return train, held_out
 
 
@@ -234,10 +235,12 @@ def read_ahead(run, samples):
     def resized(video):
         return vlm.frame_size(video.height, video.width, run.model.pixels, video.frames)
 
+    def pieces(video):
+        return vlm.frames_to_read(run.model, video, run.ranks)
+
     mine = samples[run.ranks.dp_rank::run.ranks.dp]
     paths = [sample.video for sample in mine if not sample.video.startswith("toy:")]
-    run.ahead.start(paths, key_if_needed,
-                    lambda video: vlm.frames_to_read(run.model, video, run.ranks), resized)
+    run.ahead.start(paths, key_if_needed, pieces, resized)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def evaluate(run, samples, k=0, grades=None, think_least=0):
     for domain in sorted({a.domain for a in answers}):
         result["domains"][domain] = mean([a.accuracy for a in answers if a.domain == domain])
     tiers = accuracy_by_tier(answers, grades, c.seed)
-    return result | {"tiers": tiers} if tiers else result
+    return (result | {"tiers": tiers}) if tiers else result
 
 
 def ask(run, prompts, k, think_least):
@@ -279,7 +279,7 @@ def main(c):
         if rows:
             draw_sweep(rows, os.path.join(c.out_dir, "eval.png"))
             print(f"{c.out_dir}/eval.png")
-        print(json.dumps(result | {"rows": rows} if rows else result), flush=True)
+        print(json.dumps((result | {"rows": rows}) if rows else result), flush=True)
 
 
 def load_run(c, ranks, say):

@@ -75,7 +75,8 @@ class VideoPatches:
         """-> ((t, h, w) in patches, merge, read), as `encode.encode` wants it"""
         px = self.px
         self.video = video = self.open_video()
-        self.size = h, w = frame_size(video.height, video.width, px, video.frames)
+        self.size = frame_size(video.height, video.width, px, video.frames)
+        h, w = self.size
         t = math.ceil(video.frames / px.temporal)
         return (t, h // px.patch, w // px.patch), px.merge, self.read
 

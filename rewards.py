@@ -113,7 +113,7 @@ def unwrap(text):
     r"""The answer without what it is set in: "**B**", "$B$", "\text{B}", "“B”" and "Ｂ" are B."""
     if len(text) <= LONGEST and not PLAIN.fullmatch(text):
         text = text.translate(FORMS)
-        for pattern, remains in WRAPPERS * 3:
+        for pattern, remains in WRAPPERS * 3:              # they nest
             text = re.sub(pattern, remains, text)
     return " ".join(text.split())
 

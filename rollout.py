@@ -19,7 +19,7 @@ import data
 import encode
 import model as vlm
 import toy
-from flow import Completion, Ranks
+from flow import Completion
 from plumbing.batches import cut, own_shares
 from plumbing.command_line import check_choice, check_range, parse
 from plumbing.families import decode, tokenize
@@ -31,13 +31,12 @@ from plumbing.vllm_engine import vllm_rollout
 
 FORCED_TEXT = "</think><answer>"   # written when the thinking budget has run out
 WAIT_TEXT = "\nWait,"              # written in place of a </think> that comes too early
-ALONE = Ranks()
 MOST_SPARE = 1.1                   # rows decoded / rows unfinished; above it, finished ones leave
 
 
 def limits(think_budget, answer_budget, force=True, think_least=0):
-    """The budgets and what is written at their ends, for `sample`. With no time to think at all the
-    whole empty thought is written. force=False: a thought that is too long ends the completion."""
+    """Arguments of `sample`: the budgets, and what is written where thinking ends: nothing if force
+    is False; with a think_budget of 0 the opening <think> too, since nothing was sampled yet."""
     text = FORCED_TEXT if think_budget else "<think>" + FORCED_TEXT
     return {"think_budget": think_budget, "answer_budget": answer_budget,
             "forced": text if force else None, "think_least": think_least}
@@ -244,7 +243,7 @@ def pick_tokens(logp, numbers):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=False, watch=None,
-           banned=None, forced=FORCED_TEXT, think_least=0, ranks=ALONE):
+           banned=None, forced=FORCED_TEXT, think_least=0, ranks=vlm.ALONE):
     """Completions of N prompts. -> N lists of G `Completion`s
 
     A thought ends with </think>, or after think_budget tokens, when the text `forced` is written
@@ -312,12 +311,12 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=16384, stage2=Fal
     max_tokens: the most prefix tokens, padding included, decoded at once; stage2: the prefill is
     shared out too (each rank must have completions to sample); engine: a
     `plumbing.vllm_engine.VLLM`, None: torch; fetch(prompts) yields (places, prompts with their
-    vision tokens), as `plumbing.fetching.fetch_in_rounds`; how: the other arguments of `sample`.
+    vision tokens), as `plumbing.fetching.fetch_in_rounds`; how: further arguments of `sample`.
     """
-    how = {"forced": FORCED_TEXT, **how}
+    how = {"forced": FORCED_TEXT, **how}                   # vLLM's engine has no default
     if engine is not None and engine.shared:
-        ranks = ALONE                                      # one engine samples for all sp ranks
-    prefill_ranks = ranks if stage2 and engine is None else ALONE
+        ranks = vlm.ALONE                                  # one engine samples for all sp ranks
+    prefill_ranks = ranks if stage2 and engine is None else vlm.ALONE
     groups = [[] for _ in prompts]
     for places, fetched in fetch(prompts):
         shares = own_shares(fetched, len(keys[0]) if keys else 0, ranks, prefill_ranks.sp > 1)
@@ -328,8 +327,8 @@ def rollout(model, tokenizer, prompts, keys, ranks, max_tokens=16384, stage2=Fal
                 model, tokenizer, own_prompts, own_keys, max_tokens, prefill_ranks, how)
         else:
             completions = vllm_rollout(engine, model, own_prompts, own_keys, how)
-        sampled = {places[i]: part for (i, _, _), part in zip(shares, completions)}
-        for parts in gather_sp(sampled, ranks):
+        own_parts = {places[i]: part for (i, _, _), part in zip(shares, completions)}
+        for parts in gather_sp(own_parts, ranks):
             for place, part in parts.items():
                 groups[place] += part
         del fetched, own_prompts                           # before the next round's tokens come
@@ -363,9 +362,10 @@ class Options:
 def main():
     """Ask a checkpoint one question about one video, and see it think."""
     c = parse(Options, main.__doc__, sys.argv[1:])
-    built_in = None
+    built_in = events = None
     if not c.question and c.video.startswith("toy:"):
-        built_in = toy.make_sample(toy.parse_path(c.video)[0])
+        name, events = toy.parse_path(c.video)
+        built_in = toy.make_sample(name)
         c.question = built_in.question
     if not c.question:
         raise ValueError("--question is missing")
@@ -389,7 +389,7 @@ def main():
     forced = "; thinking budget ran out: answer forced" if completion.forced else ""
     truncated = "; answer budget ran out" if completion.truncated else ""
     print(f"\n\n{len(completion.tokens)} tokens{forced}{truncated}")
-    if built_in:
+    if built_in and not events:                            # of its first events only: unknown
         print(f"right: {built_in.answer}")
 
 

@@ -27,10 +27,9 @@ import rewards
 import toy
 from curriculum import Curriculum, balanced, has_signal
 from flow import Group, Ranks, Run
-from plumbing import batches, command_line, lora, metrics
+from plumbing import batches, command_line, judges, lora, metrics
 from plumbing.fetching import fetch_in_rounds, fetch_own, store_received
 from plumbing.grades import read_grades
-from plumbing.judges import grade
 from plumbing.metrics import Clock, Meter, mean
 from plumbing.mixture import mixed, shares
 from plumbing.optimizer import falling, update, warmed_up
@@ -187,14 +186,14 @@ def reinforce(run, stage, by_id, held_out):
                     prompts = data.fetch(run, batch.prompts)       # from the cache: MR-SP's reuse
                     logprobs, entropy = vlm.logprobs(run.model, prompts, batch.tokens, run.banned,
                                                      ranks=batches.sharers(c, ranks))
-                    loss, clip_counts = grpo.policy_loss(
+                    loss, counts = grpo.policy_loss(
                         logprobs, batch.old_logprobs, batch.advantages, batch.sampled,
                         c.clip_low, c.clip_high, c.loss_average, divisor)
                     loss.backward()
-                    meter.add(batch, logprobs, entropy, clip_counts)
+                    meter.add(batch, logprobs, entropy, counts)
                     recording.add(batch, logprobs, entropy)
                 meter.end_update(ranks, c.stage2)
-                metrics.check_gap(meter.sampler_gap()[0], c.dtype)
+                metrics.check_gap(meter.sampler_gap()[0], c.dtype)     # of the step's first update
                 n = step * c.updates_per_rollout + len(norms)
                 lr = c.lr * warmed_up(n, c.warmup)
                 norms.append(update(run.model, stage.optimizer, lr, ranks))
@@ -218,7 +217,7 @@ def reinforce(run, stage, by_id, held_out):
 
 
 def encode_questions(run, stage, drawn):
-    """Those of a step's questions that are this team's, as `Group`s that have a prompt."""
+    """This team's share of the questions drawn, as `Group`s that have only a prompt yet."""
     c, ranks = run.config, run.ranks
     slots = range(ranks.dp_rank, len(drawn), ranks.dp)
     prompts, dropped = data.make_prompts(run, [drawn[slot] for slot in slots],
@@ -237,7 +236,7 @@ def verify(run, groups, completions):
     """
     def ask():
         pairs = [(group.sample, answers) for group, answers in zip(groups, completions)]
-        return grade(pairs, run.config, rewards.score, rewards.VerifierError)
+        return judges.grade(pairs, run.config, rewards.score, rewards.VerifierError)
 
     graded, ungraded = [], {}
     for group, answers, (verdict, why) in zip(groups, completions, on_first(ask, run.ranks)):
@@ -250,7 +249,7 @@ def verify(run, groups, completions):
 
 
 def describe(group):
-    """What all ranks are told of a group: a dict for each of its completions."""
+    """What all ranks learn about a group: a dict for each of its completions."""
     rows = []
     for completion, reward in zip(group.completions, group.rewards):
         rows.append({
@@ -362,7 +361,7 @@ def main(c):
     from_nothing = c.model == "tiny"
     run.model.model.visual.requires_grad_(from_nothing)
     if from_nothing and progress.done["align"] < c.align_steps:
-        curriculum = Curriculum(["any"], f"{c.seed} align")
+        curriculum = Curriculum([], f"{c.seed} align")     # align draws no samples
         stage = Stage("align", c.align_steps, c.sft_lr, curriculum, run, progress)
         toy.align(run, stage, teach, toy.parse_parts(c.data))
     if progress.done["sft"] < c.sft_steps and not taught:
@@ -400,10 +399,9 @@ def questions_and_grades(c, say):
     grades = {}
     if c.grades:
         grades = read_grades(c.grades, samples if c.eval_data else held_out + samples)
-    held_out = held_out[:c.eval_samples]
     if not held_out:
         say("no sample is held out: nothing will be evaluated (give --eval_data, or more videos)")
-    return samples, held_out, grades
+    return samples, held_out[:c.eval_samples], grades
 
 
 def load_run(c, ranks, say, cache, checkpoint):

@@ -19,7 +19,7 @@ class Batch:
     """The groups of one forward: B prompts, N completions in all, padded to L tokens."""
     slots: list                 # B places of their `Group`s; -1: without weight
     prompts: list               # B `Prompt`s
-    tokens: list                # B lists of long [L]
+    tokens: list                # B lists of long tensors, one a completion, of its own length
     old_logprobs: torch.Tensor  # [N, L] float32, under the sampler
     sampled: torch.Tensor       # [N, L] bool; False where forced, and beyond a completion's end
     advantages: torch.Tensor    # [N] float32

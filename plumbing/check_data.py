@@ -23,6 +23,7 @@ ABOUT = """
 Ends with status 1 if a run would drop samples, or could not be right about some.
 """
 CHUNK = 16             # frames that are decoded at a time
+NOBODY_IS_RIGHT = "nobody can be right"     # of a warning that ends the command with status 1
 
 
 @dataclass
@@ -72,7 +73,7 @@ def check(c, load_questions, open_video, vlm):
         warnings.append(line)
 
     training, held_out = load_questions(c, say)
-    bad = any("nobody can be right" in line for line in warnings)
+    bad = any(NOBODY_IS_RIGHT in line for line in warnings)
     samples = training + held_out
     print_domains(c, training, held_out)
     if not training:
@@ -85,8 +86,8 @@ def check(c, load_questions, open_video, vlm):
     if dropped:
         print(f"{len(dropped)} of {len(samples)} samples would be dropped:")
         for sample in samples:
-            if sample.id in dropped:
-                print(f"  {sample.id}: {dropped[sample.id]}")
+            if (sample.id, sample.video) in dropped:
+                print(f"  {sample.id}: {dropped[sample.id, sample.video]}")
     else:
         print(f"all {len(samples)} samples would be used")
     return 1 if dropped or bad else 0
@@ -110,7 +111,7 @@ def print_domains(c, training, held_out):
 
 def open_all(c, samples, open_video):
     """Open each video once, in threads, and decode it if c.decode. -> {path: `Video`, which is not
-    read again}, {id: why a sample would be dropped}"""
+    read again}, {(id, video) of a sample: why it would be dropped}"""
     def work(path):
         try:
             video = open_video(path, c.frames)
@@ -129,7 +130,7 @@ def open_all(c, samples, open_video):
     dropped = {}
     for sample in samples:
         if isinstance(found[sample.video], VideoError):
-            dropped[sample.id] = str(found[sample.video])
+            dropped[sample.id, sample.video] = str(found[sample.video])
     videos = {path: video for path, video in found.items() if not isinstance(video, VideoError)}
     return videos, dropped
 
@@ -148,12 +149,14 @@ def print_frames(c, videos):
 # lengths
 
 def print_lengths(c, samples, videos, vlm):
-    """Count the tokens of each prompt, without encoding a video. -> {id: why it is too long}"""
+    """Count the tokens of each prompt, without encoding a video.
+    -> {(id, video) of a sample: why it is too long}"""
     model, tokenizer = load_without_weights(c.model)
     if c.max_pixels:
         model.pixels.max_pixels = min(c.max_pixels, model.pixels.max_pixels)
         model.pixels.min_pixels = min(c.max_pixels, model.pixels.min_pixels)
-    room = c.think_budget + len(tokenize(tokenizer, "</think><answer>")) + c.answer_budget
+    forced = "</think><answer>" if c.think_budget else "<think></think><answer>"
+    room = c.think_budget + len(tokenize(tokenizer, forced)) + c.answer_budget
     lengths, dropped = [], {}
     for sample in tqdm(samples, desc="tokens", dynamic_ncols=True):
         if sample.video not in videos:
@@ -164,7 +167,7 @@ def print_lengths(c, samples, videos, vlm):
             lengths.append(len(prompt.ids))
             vlm.check_length(model, prompt, room, c.vllm_length)
         except ValueError as e:            # as in `data.make_prompts`
-            dropped[sample.id] = str(e)
+            dropped[sample.id, sample.video] = str(e)
     if lengths:
         limit = model.config.text_config.max_position_embeddings
         print(f"tokens of a prompt: {min(lengths)} to {max(lengths)}, median {median(lengths):g}; "

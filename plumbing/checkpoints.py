@@ -29,7 +29,7 @@ from plumbing.tower_attention import FRAMES_ATTENTION
 logging.disable_progress_bar()          # train.py's bar is enough
 
 
-# Of the language model: `model.call_attention`.
+# Of the language model `model.call_attention`, of the vision tower `frames_attention`.
 ATTENTION = {"text_config": "attention_object", "vision_config": FRAMES_ATTENTION}
 
 

@@ -122,8 +122,8 @@ MAY_CHANGE = {"eval_data", "video_dir", "cache_dir", "cache_gb", "out_dir", "mod
               "fsdp", "checkpointing", "max_tokens", "vllm_memory", "vllm_share", "rl_steps",
               "eval_every", "eval_samples", "eval_frames", "eval_budgets", "pass_k", "show_every",
               "save_every", "judges", "judge_seconds", "tensorboard"}
-# Options that may differ between the machines of a run. The ranks that share a video look for it
-# in their caches together, so these are of one size, and all have a folder or none has.
+# Options that may differ between the machines of a run. The ranks that share a video look it up
+# together, so their caches must have the same size, and all must have a folder or none.
 OF_MACHINE = {"video_dir", "cache_dir", "out_dir", "vllm_memory"}
 
 

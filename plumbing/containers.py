@@ -23,7 +23,7 @@ from plumbing.mp4 import CHECKED, ends_inside_a_box, fragment_is_cut, tabled_pac
 FORMATS = ("mov,matroska,avi,gif,apng,mpegts,mpeg,flv,live_flv,ogg,asf,mp3,wav,mxf,gxf,ivf,nut,rm,"
            "dv,wtv,swf,nsv,nuv,lxf,smk,bink,roq,flic,h261,h263,h264,hevc,vvc,evc,obu,m4v,"
            "mpegvideo,vc1,vc1test,cavsvideo,avs2,avs3,dirac,mjpeg,yuv4mpegpipe")
-# The first brand of pictures of the HEIF family but AVIF, which pillow reads.
+# The first brand of pictures of the HEIF family except AVIF, which pillow reads.
 HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"avci", b"avcs",
         b"mif1", b"mif2", b"mif3", b"msf1", b"miaf", b"jpeg", b"jpgs", b"j2ki", b"j2is", b"vvic",
         b"vvis", b"evbi", b"evbs", b"evmi", b"evms")
@@ -61,7 +61,7 @@ def opened(path):
 def opened_strictly(path):
     """As `opened`. Of formats whose damage FFmpeg only logs, that is a VideoError too, if nothing
     else was wrong inside the `with`."""
-    with ffmpeg_log(part(path, 0, 4) in LOGGED) as log:
+    with ffmpeg_log(read_bytes(path, 0, 4) in LOGGED) as log:
         with opened(path) as (container, stream):
             in_header = len(log)
             yield container, stream
@@ -153,7 +153,7 @@ def read_packets(path, container, stream):
         entries = stream.index_entries                     # by dts; none if fragmented
         cut_off = len(entries) > 0 and entries[-1].timestamp > packets.dts[-1]
         cut_off = cut_off or fragment_is_cut(path)
-        if part(path, 8, 4) == b"avis":                    # an animation that pillow refused
+        if read_bytes(path, 8, 4) == b"avis":                    # an animation that pillow refused
             cut_off = cut_off or ends_inside_a_box(path)
     elif kind == "avi":
         # Its clock counts dropped frames too.
@@ -161,7 +161,7 @@ def read_packets(path, container, stream):
     elif kind == "mxf":
         cut_off = len(table) < (stream.duration or 0)
     elif kind == "gif":
-        cut_off = part(path, end - 1, 1) != b";"
+        cut_off = read_bytes(path, end - 1, 1) != b";"
     elif kind == "yuv4mpegpipe":
         cut_off = end < os.path.getsize(path)
     elif kind == "ogg":
@@ -174,7 +174,7 @@ def read_packets(path, container, stream):
     return packets
 
 
-def part(path, pos, size):
+def read_bytes(path, pos, size):
     """The bytes of a file from `pos` on, at most so many."""
     with open(path, "rb") as file:
         file.seek(pos)
@@ -184,7 +184,7 @@ def part(path, pos, size):
 def ends_with_last_page(path):
     """Whether the last page of an ogg is whole, and marked as the last one of a stream."""
     start = max(0, os.path.getsize(path) - OGG_PAGE)
-    end = part(path, start, OGG_PAGE)
+    end = read_bytes(path, start, OGG_PAGE)
     page = end[max(0, end.rfind(b"OggS")):]
     if len(page) < 27:
         return False

@@ -94,8 +94,9 @@ def index_film(path):
 
 def foresaw(film, numbers):
     """Whether the packets predicted the first frames. numbers: of their packets, from `probe`"""
+    # Where fewer than PROBED were decoded, the film has no others.
     if len(numbers) < PROBED and len(numbers) != len(film.times):
-        return False                                       # these are all there are
+        return False
     return film.ids is None or film.ids[:len(numbers)].tolist() == numbers
 
 
@@ -122,10 +123,10 @@ def predict(film):
     numbers = np.flatnonzero(packets.shown)
     numbers = numbers[numbers >= first]
     if film.kind == "avi":                 # has no pts: FFmpeg guesses them
-        ordered = film.delay == 0
+        ids_known = film.delay == 0
         times = packets.dts[numbers]
     else:
-        ordered = True
+        ids_known = True
         times = packets.pts[numbers]
         if packets.key[first]:
             # Leading B-frames of an open group of pictures also refer to frames before the file.
@@ -142,7 +143,7 @@ def predict(film):
     last = -1 if film.kind == MOV else numbers[-1]
     set_frames(film, numbers, times, packets.key[numbers], packets.duration[last])
     film.end = max(film.end, packets.end_of_empty)
-    if not ordered:
+    if not ids_known:
         film.ids = None
     return True
 
@@ -326,8 +327,8 @@ def decode(film, container, stream, start):
 
 
 def packets_from(film, container, stream, number):
-    """Yields the film's packets from `number` on, but empty ones. Ends early where a seek does not
-    lead to them."""
+    """Yields the film's packets from `number` on, except empty ones. Ends early where a seek does
+    not lead to them."""
     packets = (packet for packet in container.demux(stream) if packet.size)
     if number == film.first:
         yield from islice(packets, number, None)

@@ -45,10 +45,10 @@ class Meter:
         self.mine = dict.fromkeys(self.KEYS, 0.0)      # of this rank, in this update so far
         self.updates = []                              # of all ranks, one dict per update
 
-    def add(self, batch, logprobs, entropy, clipped):
-        """Add a micro-batch. logprobs, entropy: [N, L]; clipped: metrics of `grpo.policy_loss`"""
+    def add(self, batch, logprobs, entropy, counts):
+        """Add a micro-batch. logprobs, entropy: [N, L]; counts: those of `grpo.policy_loss`"""
         gap = (logprobs.detach() - batch.old_logprobs)[batch.sampled].abs()            # [tokens]
-        for key, value in clipped.items():
+        for key, value in counts.items():
             self.mine[key] += value
         self.mine["entropy"] += float(entropy[batch.sampled].sum())
         self.mine["gap"] += float(gap.sum())
@@ -167,12 +167,12 @@ def summary(facts, drawn, meter, clock):
     for key in ("entropy", "clip_low", "clip_high"):
         record[key] = meter.mean(key)
     for domain in sorted({drawn[slot].domain for slot in facts}):
-        rows = [row for slot in facts if drawn[slot].domain == domain for row in facts[slot]]
-        answers = Counter(row["answer"] for row in rows if row["answer"] is not None)
-        record[f"accuracy_{domain}"] = mean([row["accuracy"] for row in rows])
-        record[f"length_{domain}"] = mean([row["length"] for row in rows])
+        own = [row for slot in facts if drawn[slot].domain == domain for row in facts[slot]]
+        answers = Counter(row["answer"] for row in own if row["answer"] is not None)
+        record[f"accuracy_{domain}"] = mean([row["accuracy"] for row in own])
+        record[f"length_{domain}"] = mean([row["length"] for row in own])
         # Near 1, a verifier is fooled by one answer to everything.
-        record[f"same_answer_{domain}"] = max(answers.values(), default=0) / len(rows)
+        record[f"same_answer_{domain}"] = max(answers.values(), default=0) / len(own)
     for domain, count in sorted(Counter(sample.domain for sample in drawn).items()):
         record[f"drawn_{domain}"] = count / len(drawn)
     for phase, seconds in clock.seconds.items():

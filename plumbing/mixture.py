@@ -48,7 +48,7 @@ def mixed(make, samples, shares, seed, grades, tiers):
 
 
 class Mixture:
-    """Draws from several curricula, in set proportions; else it is called as one is.
+    """Draws from several curricula, in set proportions, with the interface of one.
 
     Of n draws each domain gets its share, to within one or two. Where all questions of a domain
     were dropped, the others keep their proportions.
@@ -61,8 +61,8 @@ class Mixture:
         self.part_of = {id: part for part in parts.values() for id in part.ids}
         self.ids = sorted(self.part_of)
         self.dropped = ChainMap(*[part.dropped for part in parts.values()])
-        self.steps = parts[min(parts)]                     # it keeps the ratio of oversampling
-        self.expanded, self.note_valid = self.steps.expanded, self.steps.note_valid
+        self.first = parts[min(parts)]                     # it keeps the ratio of oversampling
+        self.expanded, self.note_valid = self.first.expanded, self.first.note_valid
 
     def turns(self, n):
         """The domains of the next n draws, each the one that is furthest behind its share.

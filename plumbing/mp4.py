@@ -48,9 +48,10 @@ def time_tables(path, track, n):
             break
     else:
         raise ValueError("no such track")
+    box = trak
     for name in (b"mdia", b"minf", b"stbl"):
-        trak = dict(boxes(trak))[name]
-    tables = dict(boxes(trak))
+        box = dict(boxes(box))[name]
+    tables = dict(boxes(box))
     durations = run_lengths(tables[b"stts"], n)
     if b"ctts" not in tables:
         return durations, np.zeros(n, np.int64)

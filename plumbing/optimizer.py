@@ -68,7 +68,8 @@ def buckets(gradients):
 def update(model, optimizer, lr, ranks):
     """Sum the gradients over all ranks, clip their norm at 1, step, and clear them.
 
-    -> the norm before clipping. If it is not finite, the step was skipped.
+    -> the norm before clipping. If it is not finite, the step was skipped. A parameter without a
+    gradient counts as zero: AdamW's moments still move it.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:

@@ -1,6 +1,6 @@
 """
-What a command says while it runs: a completion as it is written; of a training run what is still
-to do, each step and about how long the others will take, and at the end what to look at next.
+What a command prints while it runs: a completion as it is written; of a training run the plan, each
+step with an estimate of the time left, and at the end what to do next.
 """
 import json
 import os
@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from plumbing.pictures import folder_and_fps
 
-FEW = 3        # steps that must be measured before anything is said about those to come
-TREND = 5      # steps from which on they can show a trend
-RECENT = 40    # an estimate is made from so many of the last steps, or from the last half of all
-LINES = 10     # of align and of the cold start where no progress bar is seen, in a log file
+FEW = 3        # measured steps before the time left is estimated
+TREND = 5      # measured steps before a trend is fitted to them
+RECENT = 40    # an estimate uses so many of the last steps, or half of all if that is more
+LINES = 10     # of align and of the cold start in a log file, where there is no progress bar
 
 
 # --------------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ class Recording:
 
 def of_interest(slots, fates, facts, update):
     """Which of the groups in `slots` are shown whole, the most interesting first: one trained on,
-    with a forced answer if there is such a one; one without signal; one cut by balance; one of the
+    with a forced answer if possible; one without signal; one cut by balance; one of the
     last update, where ratios are no longer 1 and tokens may be clipped. -> slots"""
     of_fate = {"kept": [], "no signal": [], "cut by balance": []}
     for slot in slots:

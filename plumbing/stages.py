@@ -13,7 +13,7 @@ from plumbing.page import write_page
 from plumbing.plots import draw_curves
 from plumbing.progress import Report, seconds_of_steps
 
-BAD_STEPS = 10         # updates in a row without a finite gradient that end a run
+BAD_STEPS = 10         # updates in a row without a finite gradient that end a run (it says "ten")
 
 
 class Progress:
@@ -104,7 +104,7 @@ class Stage:
         return record.Recording(self.run, self.curriculum, self.progress.rollouts, step, drawn)
 
     def log(self, step, note, **values):
-        """Log one step, counted from 0, and tell of it with a note."""
+        """Log one step, counted from 0, and report it with a note."""
         self.progress.log.write(self.name, step + 1, **values)
         self.report.step(step + 1, note, values)
 

@@ -200,7 +200,7 @@ def cores_of_a_rank():
 @dataclass
 class Reading:
     """What a thread has read of one video."""
-    name: str = None       # of the content that was read; None: it need not be read
+    key: str = None        # of the content that was read; None: it need not be read
     video: Video = None
     pieces: dict = field(default_factory=dict)     # {(lo, hi): uint8 [hi-lo, H', W', 3]}
 
@@ -225,9 +225,9 @@ class Ahead:
         self.lock = threading.Lock()       # of what the threads share: room, and the videos to do
         self.stopped = False
 
-    def start(self, paths, name, pieces, resized):
+    def start(self, paths, key, pieces, resized):
         """Forget earlier videos and begin to read these, in order. The threads call the functions:
-        name(path) -> a name of the content, None if it need not be read;
+        key(path) -> the key of its content, None if it need not be read;
         pieces(video) -> [(lo, hi)], the frames that will be asked for together;
         resized(video) -> (height, width), in which they wait.
         """
@@ -237,7 +237,7 @@ class Ahead:
         self.readings = {path: Future() for path in paths}
         todo = iter(list(self.readings.items()))
         for _ in range(min(MOST_THREADS, cores_of_a_rank(), len(self.readings))):
-            thread = threading.Thread(target=self.work, args=(todo, name, pieces, resized),
+            thread = threading.Thread(target=self.work, args=(todo, key, pieces, resized),
                                       daemon=True)
             thread.start()
             self.threads.append(thread)
@@ -252,7 +252,7 @@ class Ahead:
         self.threads = []
         atexit.unregister(self.stop)
 
-    def work(self, todo, name, pieces, resized):
+    def work(self, todo, key, pieces, resized):
         """A thread: take the next video of todo, set the result of its future, until all are done.
         An error is the result of its own video only."""
         while True:
@@ -261,17 +261,17 @@ class Ahead:
             if promise is None:
                 return
             try:
-                promise.set_result(self.read(path, name, pieces, resized))
+                promise.set_result(self.read(path, key, pieces, resized))
             except Exception as e:         # any error: `open` raises it when needed
                 promise.set_exception(e)
 
-    def read(self, path, name, pieces, resized):
+    def read(self, path, key, pieces, resized):
         """-> `Reading` of one video, with those of its pieces that there is room for."""
         reading = Reading()
         if self.stopped:
             return reading
-        reading.name = name(path)
-        if reading.name is None:
+        reading.key = key(path)
+        if reading.key is None:
             return reading
         video = reading.video = self.open_video(path, self.frames)
         height, width = resized(video)
@@ -289,9 +289,9 @@ class Ahead:
                 self.room -= size
         return fits
 
-    def open(self, path, name):
+    def open(self, path, key):
         """As open_video(path, frames), which a thread may have called already. What it read is
-        used only if its content is `name`.
+        used only if its content has this key.
 
         Frames that waited have the size that `start` was told. All others have the video's own,
         which is also the `Video`'s height and width. `model.patchify` gives the same patches of
@@ -300,7 +300,7 @@ class Ahead:
         if path not in self.readings:
             return self.open_video(path, self.frames)
         reading = self.readings.pop(path).result()         # waits for the thread
-        if reading.name is None or reading.name != name:
+        if reading.key is None or reading.key != key:
             return self.open_video(path, self.frames)
 
         def read(lo, hi):

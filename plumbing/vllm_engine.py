@@ -105,7 +105,7 @@ class VLLM:
         self.shared = share and ranks.sp > 1
         self.cuda = ranks.device != "cpu"
         self.memory = memory
-        self.version = None                # how many updates the weights had that vLLM has
+        self.version = None                # `optimizer.updates` when vLLM got the weights
         self.asleep = False
         # A video whose times stand between its temporal patches goes to vLLM as pictures.
         self.modality = "image" if family_of(model).clock else "video"

@@ -18,6 +18,7 @@ import data
 import model as vlm
 import rewards
 import rollout
+import train
 from plumbing import check_data, checkpoints
 
 DATA = os.path.join(os.path.dirname(EVALUATE), "data.py")
@@ -113,6 +114,34 @@ def test_the_lengths_are_those_of_a_runs_prompts(tmp_path, monkeypatch, capsys, 
     status, out = checked(monkeypatch, capsys, path, f"--model={weightless}", *flags,
                           f"--vllm_length={too_long}")
     assert status == 1 and f"do not fit vllm_length = {too_long}" in out
+
+
+def test_without_time_to_think_the_whole_empty_thought_needs_room(tmp_path, monkeypatch, capsys,
+                                                                  questions, tiny):
+    """Its opening tag was not counted: a prompt that a run drops was said to fit."""
+    room = rollout.room(tiny.tokenizer, **rollout.limits(0, 9))
+    status, out = checked(monkeypatch, capsys, write(tmp_path, "q.jsonl", *questions),
+                          "--model=tiny", "--think_budget=0", "--answer_budget=9")
+    assert status == 0 and f"; {room} more for the answer;" in out
+
+
+def test_one_id_in_two_files_is_two_samples(tmp_path, monkeypatch, capsys, questions):
+    """Both were said to be dropped where the video of one was missing."""
+    path = write(tmp_path, "q.jsonl", *questions[:2])
+    held_out = write(tmp_path, "held.jsonl", {**questions[2], "id": "a", "video": "gone.mp4"})
+    status, out = checked(monkeypatch, capsys, path, f"--eval_data={held_out}")
+    assert status == 1 and "1 of 3 samples would be dropped:" in out
+    assert len(re.findall(r"^  a: .*gone.mp4", out, re.M)) == 1
+
+
+def test_the_domain_of_every_held_out_question_is_known_before_grading(tmp_path, questions):
+    """Only those that an evaluation asks about were checked, but grading asks about all: a mistyped
+    domain ended it half-way, after hours."""
+    strange = {**questions[2], "id": "d", "domain": "cuont"}
+    path = write(tmp_path, "q.jsonl", *questions, strange)
+    c = train.Config(data=path, eval_samples=1)
+    with pytest.raises(ValueError, match="sample d: no verifier for domain 'cuont'"):
+        data.load_questions(c, print)
 
 
 @pytest.mark.parametrize("kind", KINDS)

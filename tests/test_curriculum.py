@@ -449,6 +449,17 @@ def test_a_rare_tier_is_counted():
     assert few.census()[0] == [0, 0, 0, 0, 5000]
 
 
+def test_the_sample_does_not_follow_the_order_of_the_data():
+    """Every second id was counted. Where that is always the first of a video's two questions, the
+    tier of the second ones seemed empty, and all questions were drawn equally often."""
+    ids = [f"{i:06}" for i in range(30_000)]
+    c = Curriculum(ids, 0, {id: (4 + 4 * (i % 2), 8) for i, id in enumerate(ids)})
+    medium, easy = c.census()[0][2], c.census()[0][4]
+    assert medium + easy == SAMPLE and abs(medium - easy) < 600
+    exact = Curriculum(ids[:1000], 0, {id: (4 + 4 * (i % 2), 8) for i, id in enumerate(ids)})
+    assert c.weights() == pytest.approx(exact.weights(), rel=0.02)
+
+
 def test_a_question_that_left_the_data_is_not_drawn_after_a_restart():
     """It was still in the queue of the checkpoint, and the run ended with a KeyError. What was
     dropped and has left, too, was counted against the questions that are in use."""

@@ -971,5 +971,13 @@ def test_the_seed_of_the_command_decides(checkpoint, monkeypatch, capsys):
     assert printed[0] == printed[1] and len(set(printed)) == 3
 
 
+def test_the_right_answer_is_that_of_the_film_that_is_shown(checkpoint, monkeypatch, capsys):
+    """toy:7:1, the first event of seven, was said to have the answer of all seven."""
+    for video, is_said in (("toy:7", True), ("toy:007", True), ("toy:7:1", False)):
+        in_here(monkeypatch, f"--model={checkpoint}", f"--video={video}", "--frames=4",
+                "--think_budget=1", "--answer_budget=1")
+        assert (f"right: {toy.make_sample(7).answer}" in capsys.readouterr().out) == is_said
+
+
 if __name__ == "__main__":
     worker(sys.argv[1])
