@@ -122,10 +122,9 @@ class Curriculum:
 
         Training on some questions changes the answers to all. Estimates that stand still go stale,
         longest those of hard questions, which are asked least. So a group whose question had an
-        estimate moves two levels by how much better or worse it did, as in Elo's rating of chess
-        players: one of all questions and one of its domain. The estimates of all others move with
-        them, in log-odds. Ten groups that do better by 0.5: 2 levels * 10 * 0.1 * 0.5 = 1, so from
-        0.27 to 0.5.
+        estimate moves two levels by how much better or worse it did, as in Elo's rating: one of all
+        questions and one of its domain. The estimates of all others move with them, in log-odds.
+        Ten groups that do better by 0.5: 2 levels * 10 * 0.1 * 0.5 = 1, so from 0.27 to 0.5.
         """
         estimate, total_before = self.rate(id), self.recent.get(id, (0.0, 0.0))[1]
         correct_before = estimate * (2 * PRIOR + total_before) - PRIOR     # as if answered now

@@ -74,9 +74,8 @@ class VideoPatches:
     def open(self):
         """-> ((t, h, w) in patches, merge, read), as `encode.encode` wants it"""
         px = self.px
-        self.video = video = self.open_video()
-        self.size = frame_size(video.height, video.width, px, video.frames)
-        h, w = self.size
+        video = self.video = self.open_video()
+        h, w = self.size = frame_size(video.height, video.width, px, video.frames)
         t = math.ceil(video.frames / px.temporal)
         return (t, h // px.patch, w // px.patch), px.merge, self.read
 

@@ -106,7 +106,8 @@ WRAPPERS = (                  # what an answer is set in: pattern, what remains
     (r"(?<!\\)\\([%$#&_])", r"\1"), (r"^\s*\{([^{}\":]*)\}\s*$", r"\1"),
     (r"^\s*[\"“”'‘«「『]([^\"“”'’»」』]*)[\"“”'’»」』]\.?\s*$", r"\1"))
 PLAIN = re.compile(r"[A-Za-z\d\s,.:;()\[\]+-]*", re.ASCII)         # no wrapper begins so
-FORMS = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans("。\u3000−–‐‑‒﹣〜", ". ------~")
+FORMS = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans(
+    "。\u3000−–‐‑‒﹣〜", ". ------~", "\u200b\u200e\u200f\u2060\ufeff")     # those are invisible
 
 
 def unwrap(text):
@@ -156,16 +157,16 @@ def verify_count(predicted, answer):
 
 
 def fold(text):
-    """Text without case, punctuation and extra spaces: "A  Red-ball." -> "a red ball". Signs and
-    symbols stay, since they change the meaning: "-3.5", "C++", "$100", "5 %"."""
-    text = unicodedata.normalize("NFC", text.casefold())
-    minus = r"(?:(?<!\w)-|^- )(?=[\d.$€£¥₹½⅓⅔¼¾∞])|(?<=\w)-(?!\s*\w)"    # not "- red", "red-ish"
+    """Text without case, punctuation and extra spaces: "A  Red-ball." -> "a red ball". Signs (not
+    dashes, "- red") and symbols stay, since they change the meaning: "-3.5", "C++", "$1", "5 %"."""
+    text = unicodedata.normalize("NFC", text.casefold().replace("!=", "≠"))
+    minus = r"(?:(?<!\w)-|^- )(?=[\d.$€£¥₹½⅓⅔¼¾∞])|(?<=\w)-(?!\s*\w)|(?<=\b\w) -$"
     text = re.sub(minus, "\u2212", text)
     text = re.sub(r"[.,:/](?!\d)|(?<!\d)[,:/]", " ", text)            # 3.5 and 1:30 keep theirs
     # Of Unicode's categories letters, their marks, numbers and symbols are kept.
     kept = [unicodedata.category(c)[0] in "LMNS" or c in ".,:/%#*@&" for c in text]
     text = "".join(c if keep else " " for c, keep in zip(text, kept))
-    return re.sub(" ?([+<>=~%°$€£¥#*@&^\u2212]) ?", r"\1", " ".join(text.split()))    # C ++, 5 %
+    return re.sub(" ?([+<>=≠~%°$€£¥#*@&^\u2212]) ?", r"\1", " ".join(text.split()))    # C ++, 5 %
 
 
 def verify_open(predicted, answer):
@@ -313,7 +314,7 @@ def score(text, answer, domain, format_weight=0.1):
         accuracy = 0.0 if predicted is None else VERIFIERS[domain](predicted, answer)
         if not 0 <= accuracy <= 1:
             raise ValueError(f"it returned {accuracy!r}, which is not between 0 and 1")
-    except Exception as e:                            # your own verifier may raise anything
+        accuracy = float(accuracy)
+    except (Exception, SystemExit) as e:              # your own verifier may raise anything
         raise VerifierError(f"domain {domain!r}: {type(e).__name__}: {e}") from e
-    total = (1 - format_weight) * float(accuracy) + format_weight * form
-    return Reward(total, float(accuracy), form)
+    return Reward((1 - format_weight) * accuracy + format_weight * form, accuracy, form)

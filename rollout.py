@@ -229,6 +229,9 @@ def prefill(model, prompts, G, room, ranks):
     hidden = hidden[torch.arange(N, device=model.device), last].masked_fill(last[:, None] < 0, 0.0)
     if ranks.sp > 1:
         hidden = encode.sum_forward(hidden, ranks)
+    if not hidden.isfinite().all():
+        raise ValueError("the model's output is not a number: its weights are damaged, or training "
+                         "has diverged (a lower lr or sft_lr helps)")
     return attention, hidden.repeat_interleave(G, 0), first.repeat_interleave(G)
 
 
@@ -250,9 +253,8 @@ def sample(model, tokenizer, prompts, keys, think_budget, answer_budget, greedy=
     (None: the completion ends there, truncated). Then answer_budget tokens may be sampled. Where a
     thought would end before think_least tokens, WAIT_TEXT is written (budget forcing of s1, arXiv
     2501.19393). What is written is tokenized by itself and marked as not sampled.
-    keys: N lists of G, one for each completion, from which `plumbing.streams` makes its random
-    numbers; watch(writing), if given, is called at each step with the first completion's `Writing`;
-    banned: bool [vocabulary], None: `model.banned_ids`; ranks: their sp ranks share this prefill.
+    keys: N lists of G, for `plumbing.streams`; watch(writing): called at each step with the first
+    completion's `Writing`; banned: bool [vocabulary]; ranks: their sp ranks share this prefill.
     """
     G, device = len(keys[0]), model.device
     steps = room(tokenizer, think_budget, answer_budget, forced)
@@ -371,11 +373,10 @@ def main():
         raise ValueError("--question is missing")
     check_range(c, 1, math.inf, "frames", "answer_budget")
     check_range(c, 0, math.inf, "max_pixels", "think_budget", "think_least")
-    if c.dtype:
-        check_choice(c, "dtype", ("float32", "bfloat16"))
     ranks = start(1)
-    dtype = c.dtype or ("float32" if ranks.device == "cpu" else "bfloat16")
-    model, tokenizer = vlm.load(c.model, ranks.device, getattr(torch, dtype), c.max_pixels)
+    c.dtype = c.dtype or ("float32" if ranks.device == "cpu" else "bfloat16")
+    check_choice(c, "dtype", ("float32", "bfloat16"))
+    model, tokenizer = vlm.load(c.model, ranks.device, getattr(torch, c.dtype), c.max_pixels)
     open_video = partial(data.open_video, c.video, c.frames)
     vision, (t, h, w), *about = vlm.encode_video(model, open_video, ranks)
     prompt = vlm.make_prompt(model, tokenizer, c.question, vision, (t, h, w), *about)

@@ -156,7 +156,8 @@ def check_sampling(c, ranks):
     check_range(c, 1, math.inf, "frames", "max_tokens", "vllm_length", "prompts_per_step",
                 "answer_budget", "judges")
     check_range(c, 0.001, 1e6, "judge_seconds")
-    check_range(c, 0, math.inf, "seed", "max_pixels", "think_budget", "eval_samples", "pass_k")
+    check_range(c, 0, 2 ** 64 - 1, "seed")                 # what torch's generators take
+    check_range(c, 0, math.inf, "max_pixels", "think_budget", "eval_samples", "pass_k")
     check_range(c, 0, 1, "format_weight", "vllm_memory")
     if not c.cache_gb >= 0:                # inf is no bound; nan is refused
         raise ValueError(f"cache_gb = {c.cache_gb} must be a number of at least 0")

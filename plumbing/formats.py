@@ -37,6 +37,7 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")         # bytes that were read as "surr
 LONG_NUMBER = re.compile(r"\d{4301}")            # Python refuses to read more digits
 STRING_OR_END = re.compile(r'"(?:[^"\\]|\\.)*"|\}')    # a "}" in a string ends no object
 DEEP = re.compile(r'(?:[\[{]\s*(?:"[^"]*"\s*:\s*)?){200}')
+INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200e\u200f\u2060\ufeff"))    # removed from answers
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -233,7 +234,7 @@ def without_pads(question):
 
 def untagged(texts, where):
     """{"answer", "thought"} without their tags, which `taught_text` would write twice."""
-    answer, thought = texts["answer"], texts.get("thought", "")
+    answer, thought = texts["answer"].translate(INVISIBLE).strip(), texts.get("thought", "")
     inner = re.fullmatch(r"<think>(.*)</think>", thought, re.DOTALL)
     if inner:
         thought = inner[1].strip()
@@ -342,9 +343,13 @@ def set_domain(texts, record, domains, where):
     letter = None
     if given in ("", "choice"):
         try:
-            letter = choice_in(texts["question"], texts["answer"], by_text=given == "choice")
-        except NoFit as e:
             about = f"{where}: the answer {texts['answer'][:80]!r}"
+            letter = choice_in(texts["question"], texts["answer"], by_text=given == "choice")
+            if letter and "taught" in texts:
+                about = f"{where}: 'taught', {texts['taught'][:80]!r},"
+                taught = choice_in(texts["question"], texts["taught"], by_text=True)
+                texts["taught"] = taught or texts["taught"]
+        except NoFit as e:
             raise ValueError(f"{about} {one_line(e)}") from None
     texts["answer"] = letter or texts["answer"]
     texts["domain"] = given or ("choice" if letter else guess_domain(texts["answer"]))

@@ -9,6 +9,7 @@ from collections import deque
 from functools import partial
 from itertools import islice
 from queue import Empty, SimpleQueue
+from textwrap import shorten
 from threading import Thread
 
 MOST_SECONDS = 1500.0      # for all calls of a step: other ranks wait for ranks.PATIENCE at most
@@ -20,8 +21,10 @@ def load_verifiers(specs):
     verifiers = {}
     for spec in filter(None, specs.split(",")):
         domain, _, where = spec.partition("=")
-        if not where:
-            raise ValueError(f"--verifiers: {domain!r} is not domain=my_file.py:function")
+        if not where or not domain:
+            raise ValueError(f"--verifiers: {spec!r} is not domain=my_file.py:function")
+        if domain in verifiers:
+            raise ValueError(f"--verifiers: the domain {domain!r} has two verifiers")
         verifiers[domain] = load_verifier(where)
     return verifiers
 
@@ -30,6 +33,7 @@ def load_verifier(spec):
     """The function of "folder/my_file.py:function". Raises ValueError if it cannot be loaded."""
     path, _, function = spec.rpartition(":")
     module = types.ModuleType("verifier " + path)
+    module.__file__ = path
     sys.modules[module.__name__] = module             # dataclasses look up their own module there
     try:
         with open(path, encoding="utf-8") as f:
@@ -66,7 +70,7 @@ def grade(pairs, c, score, ungraded):
             if isinstance(outcome, TimeoutError):
                 why = why or f"domain {sample.domain!r}: {outcome}"
             elif isinstance(outcome, ungraded):
-                why = why or str(outcome)
+                why = why or shorten(str(outcome), 300, placeholder=" [...]")      # one line
             elif isinstance(outcome, BaseException):
                 raise outcome
             rewards.append(outcome)

@@ -320,6 +320,8 @@ def explain(error):
 
 def run_command(name, main):
     """Run main() as the command `name`. Bad input and machine errors end it with one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")      # a file's name may be no text
     try:
         main()
     except (ValueError, OSError, RuntimeError, MemoryError) as e:

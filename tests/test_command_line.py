@@ -197,6 +197,7 @@ def test_numbers_out_of_their_range_are_named_too(how):
     (dict(group_size=9), "group_size = 9 is not divisible by sp = 2"),
     (dict(pass_k=9), "pass_k = 9 is more than group_size = 8"),
     (dict(eval_samples=-1), "eval_samples = -1 must be a number of at least 0"),
+    (dict(seed=2 ** 64), "seed = 18446744073709551616 must be a number from 0 to"),
     (dict(cache_gb=math.nan), "cache_gb = nan must be a number of at least 0"),
     (dict(think_budget=0, force_answer=False), "leave no answer")])
 def test_what_cannot_work_is_named_for_an_evaluation(how, says):

@@ -335,6 +335,22 @@ def test_what_the_thought_leads_to_becomes_a_letter_too(tmp_path):
     fails(write(tmp_path, "q.jsonl", {**record, "taught": "pink"}), "'taught', 'pink', is none")
 
 
+def test_what_the_thought_leads_to_is_an_option_of_the_question(tmp_path):
+    """A letter that the question does not list was taught."""
+    record = {**GOOD, "question": "Which? A. red B. blue", "answer": "A"}
+    for taught, letter in (("B", "B"), ("blue", "B"), ("B. blue", "B")):
+        [sample] = data.load(write(tmp_path, "q.jsonl", {**record, "taught": taught}))
+        assert (sample.answer, sample.taught) == ("A", letter)
+    fails(write(tmp_path, "q.jsonl", {**record, "taught": "F"}), "'taught', 'F', is none of the")
+
+
+def test_characters_that_are_not_seen_are_no_part_of_an_answer(tmp_path):
+    """"7" and a space of no width was text, and 7 a wrong answer."""
+    for mark in "\u200b\u200f\u2060\ufeff":
+        [sample] = data.load(write(tmp_path, "q.jsonl", {**GOOD, "answer": f"{mark}7{mark}"}))
+        assert (sample.answer, sample.domain) == ("7", "count")
+
+
 # --------------------------------------------------------------------------------------------------
 # what is not used, and what is nearly right
 

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import rewards
@@ -160,6 +161,12 @@ def judge(predicted, answer):
     time.sleep(0.02 * (len(predicted) % 3))
     if predicted == "?":
         raise ConnectionError("the judge does not answer")
+    if predicted == "page":
+        raise ConnectionError("<html>\n" + "<p>\n" * 10_000)
+    if predicted == "exit":
+        sys.exit()
+    if predicted == "array":
+        return np.ones(1)
     return float(predicted == answer)
 
 
@@ -195,6 +202,30 @@ def test_a_question_whose_judge_fails_or_is_late_is_ungraded_and_no_other(ours):
     assert verdicts[0] == (None, "domain 'mine': ConnectionError: the judge does not answer")
     assert verdicts[1] == (None, "domain 'slow': no result within 0.5 s (judge_seconds)")
     assert [why for _, why in verdicts[2:]] == ["", ""]
+
+
+def test_a_judge_that_exits_or_returns_no_number_leaves_an_answer_ungraded(ours):
+    """sys.exit() in a judge ended the run with status 0 and without a word; an array of one number
+    ended it with a traceback."""
+    verdicts = graded([question("mine", "exit"), question("mine", "array"), question("mine", "7")])
+    assert verdicts[0] == (None, "domain 'mine': SystemExit:")
+    assert verdicts[1][1].startswith("domain 'mine': TypeError: ")
+    assert verdicts[2][1] == ""
+
+
+def test_why_an_answer_is_ungraded_is_one_short_line(ours):
+    """The whole page that a judge's server had sent was printed."""
+    [(_, why)] = graded([question("mine", "page")])
+    assert why.startswith("domain 'mine': ConnectionError: <html> <p>") and len(why) <= 300
+
+
+@pytest.mark.parametrize("specs, says", [
+    ("a={0}:half,a={0}:half", "the domain 'a' has two verifiers"), ("={0}:half", "is not domain=")])
+def test_a_list_of_verifiers_that_says_too_little_is_refused(tmp_path, specs, says):
+    """Of two verifiers of a domain the last one was taken; an empty domain was a domain."""
+    (tmp_path / "judge.py").write_text("half = len\nhere = __file__")
+    with pytest.raises(ValueError, match=says):
+        load_verifiers(specs.format(tmp_path / "judge.py"))
 
 
 def test_a_domain_without_a_verifier_is_no_ungraded_answer(ours):

@@ -4,7 +4,9 @@ The processes that torchrun starts, in plumbing/ranks.py. The several processes 
 talk over gloo: see worlds.py.
 """
 import doctest
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from plumbing import ranks as ranks_file
 from plumbing.ranks import deal, on_first, shard, start, together, versions
 
 ALONE = Ranks()
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def case_ranks(_, ranks):
@@ -148,6 +151,16 @@ def no_torchrun(monkeypatch):
     for name in OF_TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_what_cannot_be_printed_does_not_end_a_command():
+    """The reason why a video was dropped held the name of a file that is no text: printing it ended
+    the command, and no other reason was told."""
+    code = ("from plumbing.ranks import run_command; "
+            "run_command('x.py', lambda: print('dropped 2\\udcff.png'))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert (done.returncode, done.stdout) == (0, "dropped 2\\udcff.png\n"), done.stderr
 
 
 def test_without_torchrun_a_process_is_alone(no_torchrun):

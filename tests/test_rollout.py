@@ -971,6 +971,16 @@ def test_the_seed_of_the_command_decides(checkpoint, monkeypatch, capsys):
     assert printed[0] == printed[1] and len(set(printed)) == 3
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_model_that_gives_no_numbers_is_named(prompts, greedy):
+    """Damaged weights wrote "!!!!" greedily, and a sampled token had an index beyond the
+    vocabulary."""
+    model, tokenizer = vlm.load("tiny")
+    model.model.language_model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the model's output is not a number: its weights"):
+        rollout.sample(model, tokenizer, prompts[:1], keys(1, 2), 4, 3, greedy=greedy)
+
+
 def test_the_right_answer_is_that_of_the_film_that_is_shown(checkpoint, monkeypatch, capsys):
     """toy:7:1, the first event of seven, was said to have the answer of all seven."""
     for video, is_said in (("toy:7", True), ("toy:007", True), ("toy:7:1", False)):
