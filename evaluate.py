@@ -120,7 +120,7 @@ def evaluate(run, samples, k=0, grades=None, think_least=0):
     answers = [a for part in gather(answers, ranks) for a in part]
     dropped = name_each("not evaluated", merged(dropped | ungraded, ranks))
     if not answers:
-        why = next(iter(dropped.values()), "no samples are held out")
+        why = next(iter(dropped.values()), "no sample is held out, or --eval_samples=0")
         return {"samples": 0, "dropped": len(dropped), "why": why}
     result = {"samples": len(answers), "dropped": len(dropped), "frames": c.frames,
               "think_budget": c.think_budget, "think_least": think_least}

@@ -30,7 +30,7 @@ HEADS = {"Qwen/Qwen2.5-VL-3B-Instruct": (16, 2), "Qwen/Qwen2.5-VL-7B-Instruct": 
 # How many commands each shows: a pattern that finds none would test nothing.
 PAGES = [("train.py", 1), ("bench.py", 4), ("evaluate.py", 2), ("rollout.py", 1), ("toy.py", 1),
          ("README.md", 5), ("docs/gpu.md", 14), ("docs/data.md", 2), ("docs/evaluation.md", 3),
-         ("docs/evidence.md", 2), ("docs/models.md", 8), ("docs/speed.md", 2),
+         ("docs/evidence.md", 2), ("docs/models.md", 8), ("docs/speed.md", 3),
          ("docs/speed_log.md", 7), ("docs/toy.md", 2), ("data.py", 1),
          ("watch.py", 1), ("docs/watch.md", 1),
          ("docs/course/README.md", 1), ("docs/course/1-tokens.md", 3),
