@@ -3,6 +3,7 @@ Hugging Face checkpoint directories, in and out.
 """
 import json
 import os
+import pickle
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -19,8 +20,9 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from plumbing.families import FAMILIES, family_of, read_family, read_pixels
+from plumbing.families import FAMILIES, family_of, read_family, template_ids
 from plumbing.lora import is_adapted, refuse_adapter, save_adapter
+from plumbing.preprocessing import read_file, read_pixels
 from plumbing.sharding import kept_buffers
 from plumbing.sharding import weights as merged_weights
 from plumbing.tiny import build_tiny
@@ -64,17 +66,18 @@ def load_pretrained(name, dtype):
     checkpoint, if a file is missing or damaged, if the family is unknown, or if a tensor is
     missing, unexpected or of another shape (which transformers only logs).
     """
-    _, family, pixels = read_facts(name)
+    config, family, pixels = read_facts(name)
+    tokenizer = read_tokenizer(name, config)
     with in_one_line(name):
         model, info = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-        tokenizer = AutoTokenizer.from_pretrained(name)
     wrong = []
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         wrong += [str(tensor) for tensor in sorted(info[key])]
     if wrong:
         raise ValueError(f"{name}: tensors missing, not expected or of another shape: "
                          f"{', '.join(wrong[:5])} ({len(wrong)} in all)")
+    check_rotary(name, model)
     model.family = family
     return model, tokenizer, pixels
 
@@ -88,11 +91,33 @@ def read_facts(name):
             hint = "; run train.py first" if os.path.normpath(name) == "out/model" else ""
             raise ValueError(f"{name} is no checkpoint: it has no config.json{hint}")
     with in_one_line(name):
-        config = AutoConfig.from_pretrained(name)
         written, _ = PreTrainedConfig.get_config_dict(name)
+    check_written(name, written)
+    with in_one_line(name):
+        config = AutoConfig.from_pretrained(name)
     check_config(name, config, written)
+    check_stops(name, config, written)
     family = read_family(name, config.model_type)
-    return config, family, read_pixels(name, family)
+    return config, family, read_pixels(name, family, config.vision_config)
+
+
+def read_tokenizer(name, config):
+    """-> a checkpoint's tokenizer. Raises ValueError if it does not go with the model, or if its
+    chat template cannot write a prompt: else every question would be dropped for that."""
+    with in_one_line(name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    rows = config.text_config.vocab_size
+    if len(tokenizer) > rows:
+        raise ValueError(f"{name}: its tokenizer has {len(tokenizer)} tokens and its config.json a "
+                         f"vocab_size of {rows}; copy both from one checkpoint")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{name}: its tokenizer has no eos_token, which ends an answer; copy the "
+                         "tokenizer_config.json that its authors publish")
+    try:
+        template_ids(config, tokenizer)
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from e
+    return tokenizer
 
 
 def load_without_weights(name):
@@ -106,8 +131,7 @@ def load_without_weights(name):
         config, family = model.config, family_of(model)
     else:
         config, family, pixels = read_facts(name)
-        with in_one_line(name):
-            tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = read_tokenizer(name, config)
     return SimpleNamespace(config=config, family=family, pixels=pixels), tokenizer
 
 
@@ -117,8 +141,11 @@ def in_one_line(name):
     checkpoint."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError,
-            SafetensorError, RuntimeError) as e:           # RuntimeError: of experts, to be stacked
+    # AttributeError: of a dtype that torch does not have. AssertionError: of a vocabulary without
+    # the pad's row. RuntimeError: of experts, to be stacked.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            AssertionError, ImportError, RuntimeError, StrictDataclassError, SafetensorError,
+            pickle.UnpicklingError) as e:
         if os.path.isdir(name):
             what = f"{name} has a file that is missing, damaged or of another kind"
         else:
@@ -126,6 +153,22 @@ def in_one_line(name):
                     "name is right and the network there, or give the directory of a copy")
         text = " ".join(str(e).split())[:500]
         raise ValueError(f"{what}. transformers said: {type(e).__name__}: {text}") from e
+
+
+def check_written(name, written):
+    """Raises ValueError for a config.json that transformers would read as another than it is.
+
+    written: its content.
+    """
+    parts = {part: written.get(part, {}) for part in ("text_config", "vision_config")}
+    for part, content in parts.items():
+        if not isinstance(content, dict):
+            raise ValueError(f"{name}: the {part} in config.json is no JSON object; copy the file "
+                             "its authors publish")
+    for content in (written, *parts.values()):
+        if content.get("quantization_config") is not None:
+            raise ValueError(f"{name}: config.json has a quantization_config, and quantised "
+                             "weights cannot be trained; give the checkpoint that is not quantised")
 
 
 def check_config(name, config, written):
@@ -153,6 +196,39 @@ def check_config(name, config, written):
     if others:
         raise ValueError(f"{name} has layers of {', '.join(sorted(others))}; this code trains "
                          "models whose layers all have full attention")
+    tower = config.vision_config
+    heads, width = tower.num_heads, tower.hidden_size
+    if heads < 1 or width % (4 * heads):       # height and width turn half of a head, in pairs
+        raise ValueError(f"{name}: vision_config in config.json has {heads} heads, into which a "
+                         f"hidden_size of {width} cannot be divided; copy the file its authors "
+                         "publish")
+
+
+def check_stops(name, config, written):
+    """Raises ValueError if an id that ends an answer is none of the model's, or if
+    generation_config.json is damaged, which transformers ignores in silence."""
+    path, content = read_file(name, "generation_config.json")
+    rows = config.text_config.vocab_size
+    for where, part in ((path, content), (f"{name}/config.json", written),
+                        (f"{name}/config.json", written.get("text_config", {}))):
+        stops = part.get("eos_token_id")                   # an id, several, or None
+        for stop in stops if isinstance(stops, list) else [stops]:
+            known = type(stop) is int and 0 <= stop < rows
+            if stop is not None and not known:
+                raise ValueError(f"{where}: eos_token_id has {json.dumps(stop)[:100]}, which is no "
+                                 f"id below the model's vocab_size of {rows}; copy the file its "
+                                 "authors publish")
+
+
+def check_rotary(name, model):
+    """Raises ValueError if mrope_section does not share out the frequencies of a head: it has no
+    tensor whose shape would show it."""
+    rotary = model.model.language_model.rotary_emb
+    sections, pairs = rotary.mrope_section, len(rotary.inv_freq)
+    whole = isinstance(sections, list) and [type(n) for n in sections] == [int] * 3
+    if not whole or min(sections) < 1 or sum(sections) != pairs:
+        raise ValueError(f"{name}: mrope_section in config.json is {sections}, and must be three "
+                         f"numbers from 1 with the sum {pairs}; copy the file its authors publish")
 
 
 def cast_parameters(model, dtype):

@@ -1,15 +1,15 @@
 """
 The families of checkpoints that this code reads: a table of what differs between them, how each
-writes a prompt, and the bounds on a frame's pixels, which are read from the checkpoint's files.
+writes a prompt, and the size that a frame is resized to.
 """
-import json
 import math
 from dataclasses import dataclass, replace
 
 import torch
-from transformers.utils import cached_file
+from jinja2 import TemplateError
 
-from flow import Pixels, PromptError, VideoError
+from flow import PromptError, VideoError
+from plumbing.preprocessing import FILES, read_file
 
 # The last line of every question. plumbing/tiny.py makes each of its words one token.
 INSTRUCTION = ("First reason between <think> and </think>, "
@@ -136,17 +136,29 @@ def template_ids(config, tokenizer):
     """The chat template of a user's turn with one video, and INSTRUCTION after the question.
 
     -> three lists of ids: before the video, between video and question, after the question. Raises
-    ValueError if the template has no place for a video.
+    ValueError if there is no template, if it fails, or if it has no place for video and question.
     """
+    remedy = "copy the chat_template.jinja that its authors publish"
+    if not tokenizer.chat_template:
+        raise ValueError(f"no chat template, or an empty one: {remedy}")
     mark = "\x00"                                          # in the place of the question
     content = [{"type": "video"}, {"type": "text", "text": mark}]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                         add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": content}],
+                                             tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError,
+            ValueError) as e:                              # a template is a program
+        reason = " ".join(str(e).split())[:300]
+        raise ValueError(f"the chat template fails ({type(e).__name__}: {reason}): {remedy}") from e
+    if text.count(mark) != 1:
+        raise ValueError(f"the chat template writes a question {text.count(mark)} times, expected "
+                         f"once: {remedy}")
     head, tail = text.split(mark)
     head = tokenize(tokenizer, head)
     count = head.count(config.video_token_id)
     if count != 1:
-        raise ValueError(f"the chat template gives {count} vision pads for one video, expected one")
+        raise ValueError(f"the chat template gives {count} vision pads for one video, expected "
+                         f"one: {remedy}, or correct video_token_id in config.json")
     at = head.index(config.video_token_id)
     return head[:at], head[at + 1:], tokenize(tokenizer, "\n" + INSTRUCTION + tail)
 
@@ -232,33 +244,18 @@ def check_length(model, prompt, room, vllm_length=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# pixels
-
-FILES = "video_preprocessor_config.json", "processor_config.json", "preprocessor_config.json"
-
-
-def read_file(name, file):
-    """A JSON file of a checkpoint directory or hub name. -> (path, content); (None, {}) if there is
-    no such file. Raises ValueError if it is damaged."""
-    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        return None, {}
-    try:
-        with open(path) as f:
-            content = json.load(f)
-    except ValueError as e:
-        raise ValueError(f"{path}: damaged ({e})") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: damaged (it is no JSON object)")
-    return path, content
-
+# what a checkpoint's files say
 
 def read_family(name, model_type):
     """The `Family` of a checkpoint directory or hub name, by the processor that its files name.
     Raises ValueError if they name one that does not go with the model, or several."""
     named = {}                                             # {processor: file}
     for file in (*FILES, "tokenizer_config.json"):
-        processor = read_file(name, file)[1].get("processor_class")
+        path, content = read_file(name, file)
+        processor = content.get("processor_class")
+        if not isinstance(processor, (str, type(None))):
+            raise ValueError(f"{path}: processor_class is no text; copy the file its authors "
+                             "publish")
         if processor and not (named and file == "tokenizer_config.json"):
             named.setdefault(processor, file)
     if not named:
@@ -276,44 +273,8 @@ def read_family(name, model_type):
     return family
 
 
-def read_pixels(name, family):
-    """The `Pixels` of a checkpoint directory or hub name. Raises ValueError if it has no
-    preprocessing file, or a damaged one."""
-    for file in FILES:
-        path, content = read_file(name, file)
-        content = content.get("video_processor", content)
-        if "image_mean" not in content:
-            continue
-        try:
-            return to_pixels(content, family)
-        except KeyError as e:
-            raise ValueError(f"{path}: it has no {e}") from e
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}") from e
-    raise ValueError(f"{name} has no {FILES[0]}, {FILES[1]} or {FILES[2]} with image_mean in it; "
-                     "copy the one its authors publish")
-
-
-def to_pixels(content, family):
-    """The content of a preprocessing file as `Pixels`. Raises KeyError for what it lacks,
-    ValueError for what is not read here."""
-    if content.get("cap_pixels_per_frame"):
-        raise ValueError("cap_pixels_per_frame is not read here: set it to false, and lower "
-                         "--max_pixels instead")
-    size = content.get("size") or {}
-    shared = [content[key] for key in ("image_mean", "image_std", "patch_size",
-                                       "temporal_patch_size", "merge_size")]
-    if family.video_bounds:
-        least, most = family.video_bounds
-        least = size.get("shortest_edge", least)
-        most = size.get("longest_edge", most)
-        # max_frame_pixels is ours: checkpoints.save_pretrained writes it.
-        most_of_frame = content.get("max_frame_pixels", most)
-        return Pixels(*shared, min_pixels=0, max_pixels=most_of_frame, video_pixels=(least, most))
-    least = content.get("min_pixels") or size["shortest_edge"]     # the older form comes first
-    most = content.get("max_pixels") or size["longest_edge"]
-    return Pixels(*shared, min_pixels=least, max_pixels=most)
-
+# --------------------------------------------------------------------------------------------------
+# pixels
 
 def frame_size(height, width, px, frames=1):
     """The size frames are resized to, as transformers computes it: both sides are whole vision
@@ -323,6 +284,7 @@ def frame_size(height, width, px, frames=1):
     of them together have bounds. -> (height, width). Raises VideoError if one side is more than
     200 times the other.
 
+    >>> from flow import Pixels
     >>> frame_size(720, 1280, Pixels([], [], 14, 2, 2, 28 * 28, 112 * 112))
     (84, 140)
     """

@@ -6,7 +6,9 @@ plumbing/checkpoints.py. What differs between the families is in test_families.p
 import copy
 import json
 import os
+import re
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +22,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import model as vlm
 from flow import Pixels
-from plumbing.families import FAMILIES, read_pixels
+from plumbing.checkpoints import load_without_weights
+from plumbing.families import FAMILIES
+from plumbing.preprocessing import read_pixels
 from plumbing.tiny import build_tiny
 
 QWEN = FAMILIES["qwen2_5_vl"]
+TOWER = SimpleNamespace(patch_size=14, temporal_patch_size=2, spatial_merge_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,7 @@ def test_what_is_saved_loads_in_transformers_and_here(tiny, saved):
 
 def test_preprocessing_files_round_trip_and_mean_the_same_to_transformers(tiny, saved):
     px = tiny[0].pixels
-    assert read_pixels(saved, QWEN) == px
+    assert read_pixels(saved, QWEN, TOWER) == px
     theirs = Qwen2VLImageProcessorPil.from_pretrained(saved)
     x = frames(1, 100, 60)[0]
     out = theirs(images=[Image.fromarray(x)], return_tensors="pt")
@@ -102,7 +107,7 @@ NO_SIZE = {"size": {"shortest_edge": None, "longest_edge": None}}
 def test_preprocessing_is_read_from_every_form_of_file(tmp_path, files, bounds):
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    assert asdict(read_pixels(str(tmp_path), QWEN)) == dict(
+    assert asdict(read_pixels(str(tmp_path), QWEN, TOWER)) == dict(
         mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], patch=14, temporal=2, merge=2,
         min_pixels=bounds[0], max_pixels=bounds[1], video_pixels=())
 
@@ -115,13 +120,13 @@ def test_bounds_that_disagree_mean_what_they_mean_to_transformers(tmp_path):
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         (tmp_path / name).write_text(json.dumps(content))
     theirs = Qwen2VLImageProcessorPil.from_pretrained(tmp_path).size
-    mine = read_pixels(str(tmp_path), QWEN)
+    mine = read_pixels(str(tmp_path), QWEN, TOWER)
     assert (mine.min_pixels, mine.max_pixels) == (theirs.shortest_edge, theirs.longest_edge)
 
 
 def test_no_preprocessing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} has no video_preprocessor_config.json"):
-        read_pixels(str(tmp_path), QWEN)
+        read_pixels(str(tmp_path), QWEN, TOWER)
 
 
 def test_max_pixels_only_lowers_the_checkpoints_bound(saved):
@@ -192,6 +197,44 @@ def tampered(saved, path, change=None):
     return str(path)
 
 
+def with_file(saved, path, file, change):
+    """A copy of a checkpoint with another text in one file, change(text); the file is missing if
+    that is None. -> its path"""
+    path = tampered(saved, path)
+    file = os.path.join(path, file)
+    with open(file) as f:
+        text = f.read()
+    new = change(text)
+    assert new != text
+    os.remove(file)                                        # a link to the whole one
+    if new is not None:
+        with open(file, "w") as f:
+            f.write(new)
+    return path
+
+
+def in_json(**new):
+    """-> a change of a JSON file: these keys are new"""
+    return lambda text: json.dumps(json.loads(text) | new)
+
+
+def in_part(part, **new):
+    """-> a change of a config.json: these keys of a part are new"""
+    def change(text):
+        content = json.loads(text)
+        content[part] |= new
+        return json.dumps(content)
+    return change
+
+
+def refusal(read, path):
+    """What read(path) says, one line that names the checkpoint."""
+    with pytest.raises(ValueError) as e:
+        read(path)
+    assert str(e.value).startswith(path) and "\n" not in str(e.value)
+    return str(e.value)
+
+
 def test_load_refuses_missing_and_unknown_tensors_by_name(saved, tmp_path):
     """transformers fills what is missing with random numbers, and only logs it."""
     path = tampered(saved, tmp_path / "a", lambda t: t.pop("lm_head.weight"))
@@ -244,16 +287,131 @@ def test_a_hub_name_without_a_hub_is_one_line_that_names_it():
     ("video_preprocessor_config.json", lambda text: text.replace("patch_size", "path_size"))])
 def test_a_damaged_file_is_one_line_that_names_the_checkpoint(saved, tmp_path, file, change):
     """transformers' KeyErrors and many lines came through, and did not say which checkpoint."""
+    refusal(vlm.load, with_file(saved, tmp_path / "c", file, change))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("new, text", [
+    ({"patch_size": 0}, "patch_size is 0, and must be a whole number, at least 1; copy the file"),
+    ({"patch_size": -14}, "patch_size is -14"),
+    ({"patch_size": "14"}, 'patch_size is "14"'),
+    ({"patch_size": 14.5}, "patch_size is 14.5"),
+    ({"patch_size": True}, "patch_size is true"),
+    ({"patch_size": None}, "patch_size is null"),
+    ({"patch_size": 16}, "patch_size is 16, and the patch_size of the vision_config in config.json "
+                         "is 14: copy both files from one checkpoint"),
+    ({"merge_size": 0}, "merge_size is 0"),
+    ({"merge_size": 1}, "merge_size is 1, and the spatial_merge_size of the vision_config"),
+    ({"temporal_patch_size": 0}, "temporal_patch_size is 0"),
+    ({"temporal_patch_size": 1}, "temporal_patch_size is 1, and the temporal_patch_size of the"),
+    ({"image_mean": [0.5, 0.5]}, "image_mean is [0.5, 0.5], and must be a list of three numbers"),
+    ({"image_mean": "x"}, 'image_mean is "x"'),
+    ({"image_mean": [NAN] * 3}, "image_mean is [NaN, NaN, NaN]"),
+    ({"image_mean": [10 ** 400] * 3}, "image_mean is [1000"),
+    ({"image_std": [0, 0, 0]}, "image_std is [0, 0, 0], and must be a list of three numbers above"),
+    ({"image_std": [-1, -1, -1]}, "image_std is [-1, -1, -1]"),
+    ({"size": [784, 12544]}, "size is [784, 12544], and must be an object"),
+    ({"size": None}, "it has no 'shortest_edge'"),
+    ({"size": {"shortest_edge": 0, "longest_edge": 0}}, "shortest_edge is 0"),
+    ({"size": {"shortest_edge": -1, "longest_edge": -5}}, "shortest_edge is -1"),
+    ({"size": {"shortest_edge": "784", "longest_edge": "12544"}}, 'shortest_edge is "784"'),
+    ({"size": {"shortest_edge": 1e18, "longest_edge": 1e19}}, "shortest_edge is 1e+18"),
+    ({"size": {"shortest_edge": 10 ** 18, "longest_edge": 10 ** 19}}, "shortest_edge is 10000"),
+    ({"size": {"shortest_edge": 12544, "longest_edge": 784}}, "12544, is above the most, 784"),
+    ({"min_pixels": 0}, "min_pixels is 0"),
+    ({"max_pixels": 1.5}, "max_pixels is 1.5"),
+    ({"do_rescale": False}, "do_rescale is false, and must be true"),
+    ({"do_normalize": False}, "do_normalize is false, and must be true"),
+    ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.0078"),
+    ({"video_processor": None}, "video_processor is no JSON object"),
+    ({"processor_class": ["x"]}, "processor_class is no text")])
+def test_a_wrong_value_in_a_preprocessing_file_is_named(saved, tmp_path, new, text):
+    """Most were tracebacks of the first frame. A deviation of 0, a NaN, bounds in the wrong order
+    and the switches gave other pixels, in silence."""
+    path = with_file(saved, tmp_path / "c", "video_preprocessor_config.json", in_json(**new))
+    said = refusal(vlm.load, path)
+    assert said.startswith(f"{path}/video_preprocessor_config.json: ") and text in said
+
+
+@pytest.mark.parametrize("change, text", [
+    (in_json(quantization_config={"quant_method": "awq", "bits": 4}),
+     "quantised weights cannot be trained; give the checkpoint that is not quantised"),
+    (in_part("text_config", quantization_config={"quant_method": "fp8"}), "quantised weights"),
+    (in_json(text_config=None), "the text_config in config.json is no JSON object"),
+    (in_json(vision_config=[]), "the vision_config in config.json is no JSON object"),
+    (in_json(dtype="float99"), "transformers said: AttributeError: .*float99"),
+    (in_part("text_config", rope_scaling={"type": "mrope", "mrope_section": [1, 1, 1]}),
+     "mrope_section in config.json is .1, 1, 1., and must be three numbers from 1 with the sum 16"),
+    (in_part("text_config", rope_scaling={"type": "mrope", "mrope_section": 16}),
+     "mrope_section in config.json is 16"),
+    (in_part("vision_config", num_heads=3), "vision_config in config.json has 3 heads"),
+    (in_part("vision_config", num_heads=32), "vision_config in config.json has 32 heads"),
+    (in_part("text_config", vocab_size=100), "below the model's vocab_size of 100"),
+    (in_part("text_config", vocab_size=100, eos_token_id=None), "below the model's vocab_size"),
+    (in_part("text_config", eos_token_id=-1), "config.json: eos_token_id has -1")])
+def test_a_config_that_cannot_be_trained_is_named(saved, tmp_path, change, text):
+    """Each was a traceback, when the weights were loaded or at the first forward."""
+    path = with_file(saved, tmp_path / "c", "config.json", change)
+    assert re.search(text, refusal(vlm.load, path))
+
+
+def test_a_vocabulary_without_room_for_the_tokens_is_named(saved, tmp_path):
+    """transformers' AssertionError of the pad's row came through, or our own of a token's."""
+    path = with_file(saved, tmp_path / "c", "config.json", in_part(
+        "text_config", vocab_size=100, eos_token_id=None))
+    os.remove(os.path.join(path, "generation_config.json"))
+    assert "tokens and its config.json a vocab_size of 100" in refusal(vlm.load, path)
+
+
+def test_weights_that_are_no_pickle_are_named(saved, tmp_path):
+    """torch's UnpicklingError came through."""
     path = tampered(saved, tmp_path / "c")
-    with open(os.path.join(path, file)) as f:
-        text = f.read()
-    os.remove(os.path.join(path, file))                    # a link to the whole one
-    with open(os.path.join(path, file), "w") as f:
-        f.write(change(text))
-    assert change(text) != text
-    with pytest.raises(ValueError) as e:
-        vlm.load(path)
-    assert str(e.value).startswith(path) and "\n" not in str(e.value)
+    os.remove(os.path.join(path, "model.safetensors"))
+    with open(os.path.join(path, "pytorch_model.bin"), "wb") as f:
+        f.write(b"x" * 100)
+    assert "UnpicklingError" in refusal(vlm.load, path)
+
+
+@pytest.mark.parametrize("template, text", [
+    (None, "no chat template, or an empty one: copy the chat_template.jinja"),
+    ("", "no chat template, or an empty one"),
+    ("{% for %}", "the chat template fails (TemplateSyntaxError"),
+    ("{{ 1/0 }}", "the chat template fails (ZeroDivisionError"),
+    ("{{ a.b.c }}", "the chat template fails (UndefinedError"),
+    ("{{ 'x' + 1 }}", "the chat template fails (TypeError"),
+    ("{{ raise_exception('no') }}", "the chat template fails (TemplateError: no)"),
+    ("{{ messages[0]['role'] }}", "the chat template writes a question 0 times, expected once"),
+    ("{{ messages[0]['content'][1]['text'] }}", "the chat template gives 0 vision pads")])
+@pytest.mark.parametrize("read", [vlm.load, load_without_weights])
+def test_a_damaged_chat_template_is_named(saved, tmp_path, read, template, text):
+    """Tracebacks, or sentences that named no checkpoint; and those that were ValueErrors dropped
+    every question of a run, one by one."""
+    path = with_file(saved, tmp_path / "c", "chat_template.jinja", lambda _: template)
+    assert f"{path}: {text}" in refusal(read, path)
+
+
+@pytest.mark.parametrize("change, text", [
+    (lambda _: "{", "damaged"),
+    (lambda _: "[]", "damaged (it is no JSON object)"),
+    (in_json(eos_token_id=99999999), "eos_token_id has 99999999, which is no id below the model's"),
+    (in_json(eos_token_id=-1), "eos_token_id has -1"),
+    (in_json(eos_token_id="x"), 'eos_token_id has "x"'),
+    (in_json(eos_token_id=[1, [2]]), "eos_token_id has [2]"),
+    (in_json(eos_token_id=True), "eos_token_id has true")])
+@pytest.mark.parametrize("read", [vlm.load, load_without_weights])
+def test_a_damaged_generation_config_is_named(saved, tmp_path, read, change, text):
+    """A broken file was ignored in silence, with the ids that stop in it; an id that is no token
+    was a traceback where the list of ids is made."""
+    path = with_file(saved, tmp_path / "c", "generation_config.json", change)
+    assert f"{path}/generation_config.json: {text}" in refusal(read, path)
+
+
+def test_a_tokenizer_without_an_end_of_turn_is_refused(saved, tmp_path):
+    """Without it every control token could be sampled: an index of None is the whole list."""
+    path = with_file(saved, tmp_path / "c", "tokenizer_config.json", in_json(eos_token=None))
+    assert f"{path}: its tokenizer has no eos_token" in refusal(vlm.load, path)
 
 
 def test_load_refuses_a_checkpoint_without_preprocessing(saved, tmp_path):

@@ -49,7 +49,8 @@ import rollout
 from flow import Pixels, Ranks
 from plumbing import families
 from plumbing.checkpoints import save_pretrained
-from plumbing.families import FAMILIES, INSTRUCTION, TAGS, frame_size, read_pixels
+from plumbing.families import FAMILIES, INSTRUCTION, TAGS, frame_size
+from plumbing.preprocessing import read_pixels
 from plumbing.sharding import kept_buffers, recompute_layers, shard_parameters, weights
 from plumbing.tiny import build_tiny
 
@@ -726,6 +727,16 @@ def test_a_checkpoint_as_published_is_the_same_model(loaded, saved, family, tmp_
                                vlm.logprobs(theirs, [prompt], answer, banned)[0])
 
 
+def test_the_switches_of_published_preprocessing_files_are_read(loaded, saved, family, tmp_path):
+    """Values that change pixels are refused; those that say what is done anyway, or null, are
+    not."""
+    path = shutil.copytree(saved[family], tmp_path / "published")
+    switches = {"do_rescale": True, "do_normalize": True, "rescale_factor": 0.00392156862745098,
+                "do_resize": True, "resample": 3, "min_pixels": None, "max_pixels": None}
+    rewrite(path / VIDEO, lambda c: c | switches)
+    assert vlm.load(str(path))[0].pixels == loaded[family][0].pixels
+
+
 def test_glms_preprocessing_files_mean_the_same_to_its_processors(glm, saved):
     px, path = glm[0].pixels, saved["glm4v"]
     with open(os.path.join(path, "video_preprocessor_config.json")) as f:
@@ -751,7 +762,8 @@ def test_glms_bounds_are_read_as_of_the_video(tmp_path, size, right):
     base = {"image_mean": [0.1] * 3, "image_std": [0.2] * 3, "patch_size": 14,
             "temporal_patch_size": 2, "merge_size": 2, "size": size}
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(base))
-    px = read_pixels(str(tmp_path), FAMILIES["glm4v"])
+    tower = tiny_glm()[0].config.vision_config
+    px = read_pixels(str(tmp_path), FAMILIES["glm4v"], tower)
     assert px.video_pixels == right and (px.min_pixels, px.max_pixels) == (0, right[1])
     assert Glm4vVideoProcessor.size == {"shortest_edge": 112 * 112,
                                         "longest_edge": 28 * 28 * 2 * 30000}
