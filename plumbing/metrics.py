@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from plumbing.page import NEEDED, read_line
 from plumbing.ranks import gather
 
 
@@ -97,15 +98,15 @@ class Log:
     """metrics.jsonl: one line per step, written by rank 0."""
 
     def __init__(self, path, ranks, count=0, tensorboard=False):
-        """count: lines to keep of a run that resumes; later lines will be logged again.
+        """count: lines to keep of a run that resumes, see `first_lines`; later lines will be logged
+        again.
         tensorboard: write the same numbers to the folder `tensorboard` beside it."""
         self.path, self.ranks, self.count, self.lines = path, ranks, count, []
         self.board = None
         if ranks.rank:
             return
         if count:
-            with open(path) as f:
-                self.lines = f.readlines()[:count]
+            self.lines = first_lines(path, count)
         with open(path + ".tmp", "w") as f:
             f.writelines(self.lines)
         os.replace(path + ".tmp", path)
@@ -126,6 +127,34 @@ class Log:
             f.write(self.lines[-1])
         if self.board:
             self.board.add([row])
+
+
+def first_lines(path, count):
+    """The first `count` lines of metrics.jsonl, which a checkpoint counted. -> list of text
+
+    Raises ValueError that names the file if it lacks one of them, or if one is damaged. What comes
+    after them is not looked at: a killed run may have left half a line.
+    """
+    lines = []
+    try:
+        with open(path, "rb") as f:
+            found = f.read().split(b"\n")
+        if len(found) <= count:            # the last piece is empty, or has no end
+            raise ValueError(f"it has {len(found) - 1}")
+        for number, line in enumerate(found[:count], 1):
+            text = line.decode("utf-8", errors="replace")
+            try:
+                read_line(text, NEEDED["metrics.jsonl"])
+            except ValueError as e:
+                raise ValueError(f"line {number}: {e}") from None
+            lines.append(text + "\n")
+    except (OSError, ValueError) as e:
+        folder = os.path.dirname(path)
+        cause = e.strerror if isinstance(e, OSError) else e
+        raise ValueError(f"{path}: not whole up to the checkpoint, which counted {count} lines "
+                         f"({cause}). Bring the file back, point the link {folder}/model to an "
+                         "older ckpt-N, or choose another --out_dir") from e
+    return lines
 
 
 class Board:

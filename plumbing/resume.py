@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 from dataclasses import asdict
 
 import torch
@@ -18,22 +19,49 @@ from plumbing.command_line import MAY_CHANGE
 from plumbing.ranks import gather
 from plumbing.sharding import kept_buffers, weights
 
+# What a checkpoint's training state holds: {key: type}.
+STATE = {"step": int, "previous": int, "lines": int, "done": dict, "config": dict,
+         "optimizer": dict, "copies": list, "curriculum": dict}
+# What torch's reader raises for a file of other bytes, beside UnpicklingError.
+DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
+           AssertionError, struct.error)
+FILES = ("metrics.jsonl", "rollouts.jsonl", "curves.png", "watch.html")    # that a run writes
+
+
+def make_folder(out_dir):
+    """Make out_dir. Raises ValueError, which names the option, if it cannot be made."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"--out_dir={out_dir}: this folder cannot be made ({e.strerror}); choose "
+                         "another --out_dir") from e
+
 
 def newest(out_dir):
-    """The directory of the newest complete checkpoint in out_dir, or None. Raises ValueError if the
-    link to it is broken."""
+    """The directory of the newest complete checkpoint in out_dir, or None. Raises ValueError if
+    `model` is no link, or a link that is broken."""
     link = os.path.join(out_dir, "model")
-    if os.path.lexists(link) and not os.path.exists(link):
-        raise ValueError(f"{link} leads to a checkpoint that is gone, {os.path.realpath(link)}: "
-                         "point it to an older ckpt-N, or remove it to begin anew")
-    return os.path.realpath(link) if os.path.exists(link) else None
+    if not os.path.lexists(link):
+        return None
+    if not os.path.islink(link):
+        raise ValueError(f"{link} is no link to a ckpt-N, as a run makes it (a copy that follows "
+                         "links, cp -rL, makes it a folder): put a link to the newest ckpt-N in "
+                         "its place, or choose another --out_dir")
+    found = os.path.realpath(link)
+    if not os.path.exists(link):
+        raise ValueError(f"{link} leads to a checkpoint that is gone, {found}: point it to an "
+                         "older ckpt-N, or remove it to begin anew")
+    return found
 
 
 def find(out_dir, ranks):
-    """`newest`. Raises ValueError unless all ranks find the same. Removes what a run that was
-    killed while it saved has left."""
-    if ranks.rank == 0:
+    """`newest`. Raises ValueError unless all ranks find the same, and all names that a run writes
+    to are free. Removes what a run that was killed while it saved has left."""
+    def prepare():
+        check_names(out_dir)
         remove_unfinished(out_dir)
+
+    on_rank_0(prepare, ranks)
     found = newest(out_dir)
     if len(set(gather(found and os.path.basename(found), ranks))) > 1:
         raise ValueError(f"not all ranks find the same checkpoint in {out_dir}: "
@@ -41,24 +69,64 @@ def find(out_dir, ranks):
     return found
 
 
+def check_names(out_dir):
+    """Raises ValueError if there is a folder in the place of a file that a run writes, or a file in
+    that of a checkpoint: else the first save would fail, after all steps before it."""
+    for name in sorted(os.listdir(out_dir)) if os.path.isdir(out_dir) else []:
+        path = os.path.join(out_dir, name)
+        if name in FILES and os.path.isdir(path):
+            taken = "is a folder, where a run writes a file"
+        elif re.fullmatch(r"ckpt-(\d+|(\d+|trial-\w+)\.tmp)", name) and not os.path.isdir(path):
+            taken = "is no folder, where a run saves a checkpoint"
+        else:
+            continue
+        raise ValueError(f"{path} {taken}: move it away, or choose another --out_dir")
+
+
 def read_state(checkpoint, config, mmap):
     """The training state of a checkpoint of this run. mmap: read tensors when they are used.
 
     Only tensors and plain values are read: a checkpoint from elsewhere cannot run code here.
-    Raises ValueError if it holds anything else, is damaged or has another configuration.
+    Raises ValueError if it holds anything else, is missing or damaged, or has another
+    configuration.
     """
     path = os.path.join(checkpoint, "training_state.pt")
+    remedy = (f"Point the link {config.out_dir}/model to an older ckpt-N, or choose another "
+              "--out_dir")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+        check_state(state)
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be read ({e.strerror}). {remedy}") from e
     except pickle.UnpicklingError as e:
         raise ValueError(f"{path}: damaged, or it holds more than tensors and plain values, which "
-                         "could run code: it is not read") from e
-    except (RuntimeError, EOFError) as e:
-        cause = " ".join(str(e).split())[:200]
-        raise ValueError(f"{path}: damaged ({cause}). Point the link {config.out_dir}/model to an "
-                         "older ckpt-N, or choose another --out_dir") from e
+                         f"could run code: it is not read. {remedy}") from e
+    except DAMAGED as e:
+        cause = " ".join(str(e).split())[:200] or type(e).__name__
+        raise ValueError(f"{path}: damaged ({cause}). {remedy}") from e
     check_same_run(config, state["config"], checkpoint)
     return state
+
+
+def check_state(state):
+    """Raises ValueError if what was read of a training_state.pt is not what `save` was given."""
+    if not isinstance(state, dict):
+        raise ValueError(f"a {type(state).__name__}, no dict")
+    state.setdefault("copies", [])         # checkpoints of older commits have none
+    for key, kind in STATE.items():
+        if key not in state:
+            raise ValueError(f"it has no {key!r}")
+        if type(state[key]) is not kind:                   # True would pass as an int
+            raise ValueError(f"{key!r} is a {type(state[key]).__name__}, no {kind.__name__}")
+    counts = {key: state[key] for key in ("step", "previous", "lines")}
+    for stage in ("align", "sft", "rl"):
+        counts[f"done[{stage!r}]"] = state["done"].get(stage)
+    for key, value in counts.items():
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{key} = {str(value)[:40]} is no number of steps or lines")
+    for key in ("state", "param_groups"):
+        if key not in state["optimizer"]:
+            raise ValueError(f"its optimizer has no {key!r}")
 
 
 def check_same_run(config, saved, where):
@@ -70,7 +138,7 @@ def check_same_run(config, saved, where):
         if key not in MAY_CHANGE and saved.get(key, default[key]) != value:
             differ.append(key)
     # Without eval_data a part of data is held out; with eval_data that part is trained on.
-    if bool(config.eval_data) != bool(saved["eval_data"]):
+    if bool(config.eval_data) != bool(saved.get("eval_data", "")):
         differ.append("eval_data")
     if differ:
         values = [f"{key} = {saved.get(key, default[key])!r} there, {mine[key]!r} here"

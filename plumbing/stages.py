@@ -22,7 +22,7 @@ class Progress:
     def __init__(self, config, ranks, mmap):
         """The state of the newest checkpoint in config.out_dir, or of a new run.
         mmap: see `resume.read_state`."""
-        os.makedirs(config.out_dir, exist_ok=True)
+        resume.make_folder(config.out_dir)
         self.out_dir = config.out_dir
         self.checkpoint = resume.find(config.out_dir, ranks)       # a directory, or None
         self.done = {"align": 0, "sft": 0, "rl": 0}        # steps of each stage

@@ -44,6 +44,7 @@ import data
 import model as vlm
 import train
 from plumbing import page, resume
+from plumbing.metrics import Log
 
 FINISHED = ["curves.png", "metrics.jsonl", "model", "rollouts.jsonl", "watch.html"]
 
@@ -395,6 +396,136 @@ def test_a_damaged_or_lost_checkpoint_ends_the_run(copied, run, monkeypatch):
     assert f"{copied}/model leads to a checkpoint that is gone" in line and "\n" not in line
     kept = {name: x for name, x in before.items() if not name.startswith(f"ckpt-{LAST}")}
     assert fingerprint(copied) == kept
+
+
+def damaged_states(good):
+    """{what is wrong: what training_state.pt holds}"""
+    without = {f"no {key}": {k: x for k, x in good.items() if k != key}
+               for key in good.keys() - {"copies", "stage"}}
+    return without | {
+        "a list": [1], "a tensor": torch.zeros(2), "config a list": good | {"config": [1]},
+        "a step in words": good | {"step": "six"}, "a step below 0": good | {"step": -6},
+        "a step that is true": good | {"step": True},
+        "half of done": good | {"done": {"rl": 1}},
+        "done in words": good | {"done": {**good["done"], "rl": "six"}},
+        "an empty optimizer": good | {"optimizer": {}}}
+
+
+@pytest.mark.method
+def test_a_training_state_of_other_content_is_refused(tmp_path):
+    """A list, a dict without one of its keys, or a text file in the place of training_state.pt were
+    tracebacks of six kinds; a file that is missing did not say what to do; a step of "six" was
+    taken."""
+    path = tmp_path / "training_state.pt"
+    good = {"step": 6, "previous": 3, "lines": 6, "done": {"align": 0, "sft": 3, "rl": 3},
+            "config": asdict(train.Config()), "stage": "rl", "copies": [], "curriculum": {},
+            "optimizer": {"state": {}, "param_groups": []}}
+
+    def refuses(mmap=False):
+        with pytest.raises(ValueError) as e:
+            resume.read_state(str(tmp_path), train.Config(), mmap)
+        assert str(e.value).startswith(f"{path}: ") and "\n" not in str(e.value)
+        assert "Point the link out/model to an older ckpt-N" in str(e.value)
+
+    for mmap in (False, True):
+        refuses(mmap)                                      # no file
+        for content in damaged_states(good).values():
+            torch.save(content, path)
+            refuses(mmap)
+        torch.save(good, path)
+        assert resume.read_state(str(tmp_path), train.Config(), mmap) == good
+        whole = path.read_bytes()
+        for content in (b"", b"hello world\n", b"(((((", b"\x80\x02.", b"]", b"\xff", whole[:300]):
+            path.write_bytes(content)
+            refuses(mmap)
+        path.unlink()
+    path.mkdir()
+    refuses()
+
+
+@pytest.mark.method
+def test_an_older_training_state_is_read(tmp_path):
+    """It has no `copies`, and in its configuration no `eval_data`: a KeyError."""
+    config = asdict(train.Config())
+    del config["eval_data"]
+    torch.save({"step": 3, "previous": 0, "lines": 3, "done": {"align": 0, "sft": 3, "rl": 0},
+                "config": config, "curriculum": {}, "optimizer": {"state": {}, "param_groups": []}},
+               tmp_path / "training_state.pt")
+    assert resume.read_state(str(tmp_path), train.Config(), False)["copies"] == []
+
+
+def test_metrics_that_lack_a_line_of_the_checkpoint_end_the_run(copied, run, monkeypatch):
+    """A metrics.jsonl cut to its first lines was taken as it was, and steps were missing; one cut
+    in the middle, or gone, gave an error that named no file or no remedy."""
+    path = os.path.join(copied, "metrics.jsonl")
+    with open(path, "rb") as f:
+        lines = f.read().splitlines(keepends=True)
+    how = flags(**{**run.how, "out_dir": copied, "rl_steps": 8})
+
+    def says(*words):
+        line = script(monkeypatch, *how)
+        assert line.startswith(f"train.py: {path}: not whole") and "\n" not in line
+        assert f"counted {len(lines)} lines" in line and f"{copied}/model to an older" in line
+        assert all(word in line for word in words), line
+
+    for content, words in ((lines[:3], "it has 3"), ([*lines[:-1], lines[-1][:40]], "it has"),
+                           ([lines[0], b"\xff\xfe\n", *lines[2:]], "line 2: no JSON"),
+                           ([*lines[:4], b"[]\n", *lines[5:]], "line 5: no JSON object"),
+                           ([], "it has 0")):
+        with open(path, "wb") as f:
+            f.writelines(content)
+        says(words)
+    os.remove(path)
+    says("No such file")
+
+
+def test_what_comes_after_the_checkpoints_lines_may_be_anything(tmp_path):
+    """It is cut off: a killed run may have left half a line, or a full disk other bytes."""
+    path = str(tmp_path / "metrics.jsonl")
+    line = '{"step": 1, "stage": "sft"}\n'
+    with open(path, "wb") as f:
+        f.write(line.encode() * 2 + b'{"step": 3, "st\xff\xfe')
+    assert Log(path, ALONE, 2).lines == [line] * 2
+    with open(path) as f:
+        assert f.read() == line * 2
+
+
+@pytest.mark.method
+def test_a_copy_that_followed_links_is_refused_at_once(tmp_path):
+    """`cp -rL` makes `model` a folder: the run trained, and its first checkpoint failed with
+    "make room"."""
+    for make in (os.mkdir, lambda path: open(path, "w").close()):
+        make(tmp_path / "model")
+        with pytest.raises(ValueError, match="model is no link to a ckpt-N.*choose another"):
+            resume.find(str(tmp_path), ALONE)
+        shutil.move(tmp_path / "model", tmp_path / f"moved-{make.__name__}")
+    assert resume.find(str(tmp_path), ALONE) is None
+
+
+@pytest.mark.method
+@pytest.mark.parametrize("name, make", [
+    ("ckpt-7", open), ("ckpt-7.tmp", open), ("ckpt-trial-x1.tmp", open), ("curves.png", os.mkdir),
+    ("watch.html", os.mkdir), ("rollouts.jsonl", os.mkdir), ("metrics.jsonl", os.mkdir)])
+def test_a_name_that_is_taken_is_found_before_training(tmp_path, name, make):
+    """A file in the place of a checkpoint's folder, and a folder in that of a file, were found by
+    the first save, or as `[Errno 21] Is a directory`."""
+    path = tmp_path / name
+    if make is open:
+        path.touch()
+    else:
+        path.mkdir()
+    with pytest.raises(ValueError, match=f"{name} is .*: move it away, or choose another"):
+        resume.find(str(tmp_path), ALONE)
+    assert path.exists()
+
+
+@pytest.mark.method
+def test_an_out_dir_that_cannot_be_made_is_named(tmp_path):
+    """`--out_dir=` said `[Errno 2] No such file or directory: ''`."""
+    (tmp_path / "file").touch()
+    for out_dir in ("", str(tmp_path / "file"), str(tmp_path / "file" / "out")):
+        with pytest.raises(ValueError, match=f"^--out_dir={out_dir}: this folder cannot be made"):
+            resume.make_folder(out_dir)
 
 
 @pytest.mark.method
