@@ -29,6 +29,7 @@ import evidence_tables  # noqa: E402
 import measures  # noqa: E402
 import rows  # noqa: E402
 import visits  # noqa: E402
+from evidence_lines import DamagedLine, check_results, read_lines  # noqa: E402
 from intervals import FEWEST  # noqa: E402
 
 import data  # noqa: E402
@@ -58,14 +59,40 @@ def command(name, seed):
 
 
 def read_results(path):
-    """-> {seed: {run: its line}}, of the runs as rows.py has them now"""
+    """-> {seed: {run: its line}}, of the runs as rows.py has them now. Raises DamagedLine."""
     results = {}
-    if path.exists():
-        for line in map(json.loads, path.read_text().splitlines()):
-            name, seed = line["run"], line["seed"]
-            if name in rows.RUNS and line["command"] == shown(name, seed):
-                results.setdefault(seed, {})[name] = line
+    for where, line in read_lines(path):
+        if is_current(line):
+            check_results(where, line)
+            results.setdefault(line["seed"], {})[line["run"]] = line
     return results
+
+
+def is_current(line):
+    name = line["run"]
+    return name in rows.RUNS and line["command"] == shown(name, line["seed"])
+
+
+def not_used(path):
+    """Text: how many lines are in no table, and of which runs; empty if all are in one."""
+    lines = [line for _, line in read_lines(path)]
+    unknown, other_flags = [], []
+    for line in lines:
+        if line["run"] not in rows.RUNS:
+            unknown.append(line)
+        elif not is_current(line):
+            other_flags.append(line)
+    texts = []
+    for some, why in ((unknown, "runs that rows.py does not have"),
+                      (other_flags, "runs that have other flags now")):
+        if some:
+            names = [f"{line['run']}-{line['seed']}" for line in some[:5]]
+            more = ", ..." if len(some) > 5 else ""
+            texts.append(f"{len(some)} of {why} ({', '.join(names)}{more})")
+    if not texts:
+        return ""
+    return (f"{path}: of {len(lines)} lines, {len(unknown) + len(other_flags)} are in no table: "
+            + ", ".join(texts))
 
 
 def shown(name, seed):
@@ -337,6 +364,9 @@ def main():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("stopped"))
         failed = make_all(Path(options.out).absolute(), options.workers)
     results = read_results(RESULTS)
+    left_out = not_used(RESULTS)
+    if left_out:
+        print(left_out, file=sys.stderr)
     for page in evidence_tables.PAGES:
         text = (ROOT / page).read_text()
         (ROOT / page).write_text(evidence_tables.with_tables(text, results))
@@ -348,4 +378,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DamagedLine as e:
+        sys.exit(f"evidence.py: {e}")

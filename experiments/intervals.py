@@ -65,10 +65,23 @@ def seeds_needed(differences, least):
     """How many seeds would make the interval narrower than `least`, if differences go on to spread
     as these do."""
     spread = statistics.stdev(differences)
-    n = FEWEST
-    while 2 * quantile(n - 1) * spread >= least * math.sqrt(n):
-        n += 1
-    return n
+
+    def is_wide(n):
+        return 2 * quantile(n - 1) * spread >= least * math.sqrt(n)
+
+    # It narrows with every seed, so halving finds the first n; one at a time may take for ever.
+    if not is_wide(FEWEST):
+        return FEWEST
+    wide, narrow = FEWEST, 2 * FEWEST
+    while is_wide(narrow):
+        wide, narrow = narrow, 2 * narrow
+    while narrow - wide > 1:
+        middle = (wide + narrow) // 2
+        if is_wide(middle):
+            wide = middle
+        else:
+            narrow = middle
+    return narrow
 
 
 def quantile(freedom):

@@ -6,6 +6,7 @@ deleted, kept as a patch.
 import json
 import math
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,12 @@ def test_seeds_are_added_until_the_interval_is_narrow():
     assert intervals.is_finished([10.0 * i for i in range(12)], 2)         # twelve at most
     needed = intervals.seeds_needed([1.0, 2.0, 3.0], 2)    # 2 * t * 1 / sqrt(n) < 2: n = 7
     assert needed == 7
+    # Counted one at a time, differences that spread much took for ever.
+    assert intervals.seeds_needed([0.0, 1e9, -1e9], 2) == pytest.approx(3.84e18, rel=1e-3)
+    for spread in (0.1, 1.5, 3.1, 4.0, 10.0):
+        n = intervals.seeds_needed([0.0, spread, -spread], 2)
+        widths = [2 * intervals.quantile(n - 1) * spread / math.sqrt(n) for n in (max(n - 1, 3), n)]
+        assert widths[1] < 2 and (n == 3 or widths[0] >= 2)
     assert 2 * intervals.T[5] / math.sqrt(6) > 2 > 2 * intervals.T[6] / math.sqrt(7)
     # More degrees of freedom than rows can have, from a table of Student's t.
     for freedom, t in ((10, 2.228), (12, 2.179), (20, 2.086), (60, 2.000), (1000, 1.962)):
@@ -448,7 +455,74 @@ def test_a_line_of_other_flags_does_not_count(tmp_path):
     path = tmp_path / "evidence.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert evidence.read_results(path) == {0: {"base": lines[0]}}
+    assert evidence.not_used(path) == (
+        f"{path}: of 3 lines, 2 are in no table: 1 of runs that rows.py does not have (gone-2), 1 "
+        "of runs that have other flags now (base-1)")
+    path.write_text(json.dumps(lines[0]) + "\n")
+    assert evidence.not_used(path) == ""
     assert evidence.read_results(tmp_path / "none.jsonl") == {}
+
+
+@pytest.mark.parametrize("name, change", [
+    ("base", {"seed": None}), ("base", {"seed": "1"}), ("base", {"seed": True}),
+    ("base", {"run": 1}), ("base", {"command": None}), ("base", {"cpu_seconds": math.nan}), ("base", {"commit": 1}),
+    ("base", {"held_out": None}), ("base", {"held_out": []}), ("base", {"held_out": [3]}),
+    ("base", {"held_out": [{"step": 20, "accuracy": 95.0, "domains": {}}]}),
+    ("base", {"held_out": [{"step": 20, "accuracy": math.nan, "domains": {}}]}),
+    ("base", {"held_out": [{"step": 20, "accuracy": "0.9", "domains": {}}]}),
+    ("base", {"held_out": [{"step": 21, "accuracy": 0.9, "domains": {}}]}),
+    ("base", {"held_out": [{"step": 20, "accuracy": 0.9, "domains": {"count": 2}}]}),
+    ("base", {"held_out": [{"step": 20, "accuracy": 0.9}]}), ("before", {"held_out": []}),
+    ("base", {"steps": None}), ("base", {"steps": {"accuracy": [0.5] * 20}}),
+    ("base", {"steps": {key: [0.5] * 19 for key in measures.KEPT}}),
+    ("base", {"steps": {key: [None] * 20 for key in measures.KEPT}}),
+    ("graded", {"grades": [1, 2]}), ("graded", {"grades": [1, 2, "3"]}),
+    ("thinks-frames", {"frames": {"16": 0.2, "64": 0.4}}), ("follows", {"visits": None}),
+    ("follows", {"visits": {"groups": 0, "with_signal": 0, "observed": 0.5}})])
+def test_a_line_of_other_content_is_named(tmp_path, name, change):
+    """An accuracy of 95 instead of 0.95 made the tables count seeds for ever; all else was a
+    traceback that named neither the file nor the line."""
+    path = tmp_path / "evidence.jsonl"
+    line = line_of(name, 1)
+    good = json.dumps(line_of("base", 0)) + "\n"
+    path.write_text(good + json.dumps(line) + "\n")
+    assert evidence.read_results(path)[1] == {name: line}
+    path.write_text(good + json.dumps(line | change) + "\n")
+    with pytest.raises(evidence.DamagedLine, match="^.*evidence.jsonl, line 2: .*made again$"):
+        evidence.read_results(path)
+
+
+def test_a_damaged_file_is_one_line(tmp_path):
+    """Empty lines, half a line, other text and a line that is there twice; a line without its end,
+    behind which the next would be written."""
+    path = tmp_path / "evidence.jsonl"
+    good = (json.dumps(line_of("base", 0)) + "\n").encode()
+    for more, says in ((b"\n", "no JSON"), (b"{}\n", "'run' must be text"), (b"[1]\n", "object"),
+                       (b"\xff\xfe\n", "no JSON"), (good[:90] + b"\n", "no JSON"),
+                       (good.replace(b"base", b"plain").rstrip(), "line break"),
+                       (b"[" * 100_000 + b"\n", "no JSON"), (good, "the run of line 1 again")):
+        path.write_bytes(good + more)
+        with pytest.raises(evidence.DamagedLine, match=f"^{path}, line 2: .*{says}") as e:
+            evidence.read_results(path)
+        assert "\n" not in str(e.value)
+    path.write_bytes(b"\xef\xbb\xbf" + good)              # a byte order mark is no damage
+    assert list(evidence.read_results(path)) == [0]
+
+
+def test_the_command_says_a_damaged_line_and_ends(tmp_path, monkeypatch):
+    """Before it writes any page."""
+    for folder in ("experiments", "plumbing"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    path = tmp_path / "experiments" / "evidence.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, "oops", ""]))
+    result = subprocess.run([sys.executable, "experiments/evidence.py", "tables"], cwd=tmp_path,
+                            capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("evidence.py: ") and result.stderr.count("\n") == 1
+    assert f"evidence.jsonl, line {len(lines) + 1}: no JSON" in result.stderr
 
 
 # --------------------------------------------------------------------------------------------------
