@@ -465,7 +465,8 @@ def test_a_line_of_other_flags_does_not_count(tmp_path):
 
 @pytest.mark.parametrize("name, change", [
     ("base", {"seed": None}), ("base", {"seed": "1"}), ("base", {"seed": True}),
-    ("base", {"run": 1}), ("base", {"command": None}), ("base", {"cpu_seconds": math.nan}), ("base", {"commit": 1}),
+    ("base", {"run": 1}), ("base", {"command": None}), ("base", {"commit": 1}),
+    ("base", {"cpu_seconds": math.nan}),
     ("base", {"held_out": None}), ("base", {"held_out": []}), ("base", {"held_out": [3]}),
     ("base", {"held_out": [{"step": 20, "accuracy": 95.0, "domains": {}}]}),
     ("base", {"held_out": [{"step": 20, "accuracy": math.nan, "domains": {}}]}),
