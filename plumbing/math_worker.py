@@ -16,6 +16,7 @@ import signal
 import sys
 import unicodedata
 from decimal import Decimal, getcontext
+from functools import cache
 
 SECONDS = 2.0             # of processor time, so that a busy machine makes no answer wrong
 MOST_MEMORY = 4 << 30     # bytes of address space
@@ -34,9 +35,11 @@ SPELLINGS = (
     (r"(?<!\\)\\([%$#&_])", r"\1"),
     (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"), (r"\\(?:tfrac|dfrac|cfrac)", r"\\frac"),
     (r"℃", "°C"), (r"\\degree(?![a-zA-Z])", "°"),
-    (r" ?(?:per ?cent|pct)\b", "%"), (r"\\mu(?![a-zA-Z]) *|µ", "μ"), (r"\\Omega", "Ω"))
+    (r" ?(?:per ?cents?|pct)\b", "%"), (r"\\mu(?![a-zA-Z]) *|µ", "μ"), (r"\\Omega", "Ω"))
 LETTERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 LETTERS |= {ord(c): " " + unicodedata.normalize("NFKC", c).replace("⁄", "/") for c in "¼½¾⅓⅔⅕⅛"}
+REPEATING = re.compile(r"(?<![\w.,])(?<!\d )(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot) *"
+                       r"\{ *(\d{1,20}) *\}")                                   # 0.1\overline{6}
 
 
 def spelled(text):
@@ -44,7 +47,15 @@ def spelled(text):
     text = re.sub(r"(?<=[^.\s])\.$", "", text)                    # one full stop, but not of "5.."
     for pattern, spelling in SPELLINGS:
         text = re.sub(pattern, spelling, text)
+    text = REPEATING.sub(repeating, text)
     return " ".join(text.translate(LETTERS).split())
+
+
+def repeating(match):
+    r"""\frac{15}{90} of "0.1\overline{6}": 16 - 1 over 100 - 10."""
+    whole, before, period = match.groups()
+    top = int(whole + before + period) - int(whole + before or "0")
+    return rf"\frac{{{top}}}{{{10 ** len(before + period) - 10 ** len(before)}}}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -66,10 +77,10 @@ VALUE = re.compile(
     rf"(?: ?/ ?(?P<bottom>{NUMBER}))? ?(?P<scale>{SCALE})?", re.IGNORECASE)
 
 NO_UNIT = rf"(?:[eixyzπ]|pi|or|and|to|per|{SCALE})(?![^\W\d_])"                # not 2x, not "2 or"
-WORD = rf"(?!{NO_UNIT})[^\W\d_]{{1,20}}(?: ?\^ ?\{{?-?\d\}}?|\d)?"             # km, cm^2, s^{-1}
+WORD = rf"(?!{NO_UNIT})[^\W\d_π]{{1,20}}(?: ?\^ ?\{{?-?\d\}}?|\d)?"            # km, cm^2, s^{-1}
 JOINT = r"(?: ?(?:[/·*]|\\cdot) ?| per |\.? )"
-UNIT = re.compile(rf"(.*?(?:[\d)}}%.]|{SCALE}))( ?)({WORD}(?:{JOINT}{WORD}){{0,3}})\.?",
-                  re.IGNORECASE)
+UNIT = re.compile(rf"(.*?(?:[\d)}}%.π]|\\(?:pi|circ)|{SCALE}))( ?)"
+                  rf"({WORD}(?:{JOINT}{WORD}){{0,3}})\.?", re.IGNORECASE)
 
 # Units that may be left out: these, SI's, and plurals ("7 birds") that are no numbers.
 UNITS = set("""h hr min sec yr ft in mi lb oz sq mph kmh kph rpm fps px dB deg rad pp ppm kWh unit
@@ -79,8 +90,8 @@ CURRENCIES = {"dollar": "$", "dollars": "$", "us dollars": "$", "usd": "$", "eur
               "euros": "€", "eur": "€"}
 SI_UNIT = re.compile(r"[kcdmμnMGT]?(?:m|g|s|L|l|N|J|W|V|A|K|C|F|Pa|Hz|Ω|eV|mol|B)"
                      r"|(?:kilo|centi|milli|micro)(?:met(?:er|re)|gram|lit(?:er|re)|second)")
-NUMERALS = (r"plus|minus|less|tens|ones|twos|perhaps|halves|thirds|quarters|dozens|hundreds"
-            r"|thousands|[a-z]+illions|(?!months\b)[a-z]+ths")
+NUMERALS = (r"percent\w*|plus|minus|less|tens|ones|twos|perhaps|halves|thirds|quarters|dozens"
+            r"|hundreds|thousands|[a-z]+illions|(?!months\b)[a-z]+ths")
 PLURAL = re.compile(rf"(?!(?:{NUMERALS})\b)[a-z]{{3,}}(?<!s)s", re.IGNORECASE)
 
 # What may stand before "=": words, letters with subscripts, functions of something.
@@ -94,6 +105,10 @@ NAME_PIECE = re.compile(
     rf"\\?(?:{FUNCTION}|angle|triangle)(?![a-zA-Z])(?:_\w*)? ?[\d.]*"  # \log_2 8, \angle 1
     rf"|\\(?:{COMMANDS})(?![a-zA-Z])|[∠△√] ?\d*"
     r"|[^\W\d_]\w*(?:[.'%]|! )?|[ _:'·×]")                              # x_1, No. of, "n! ="
+KNOWN = re.compile(rf"\\?(?:{FUNCTION}|frac|binom|cdot|times|circ|and|or)(?![a-zA-Z])|[eiπ]")
+TRIG = re.compile(r"(?<![a-zA-Z])(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+DEGREE = re.compile(r" *\^ *(?:\\circ(?![a-zA-Z])|\{ *\\circ *\})| *°"
+                    r"|(?<=[\w)}]) ?deg(?:rees?)?(?![a-zA-Z])")
 ARGUMENT = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|\\?\{[^{}]*\}")             # of f(2), x_{1}
 PROBABILITY = re.compile(r"\bPr?\([^()]*\)")                            # P(A or B)
 NO_NAME = re.compile(r"\b(?:or|and|but|not|cannot|never|if|unless|else|is|are|maybe|perhaps|either"
@@ -112,11 +127,13 @@ def is_name(text):
 
 def parts(text):
     """("x", "3", "km") of "x = 3 km": the name, what it equals, and the unit; "" if it has none."""
-    text = " ".join(re.sub(r" *(?:\^ *\{? *\\circ *\}?|°)", " degree ", text).split())
+    text = " ".join(DEGREE.sub(" degree ", text).split())
     name, unit = "", ""
     named = re.fullmatch(r"([a-zA-Z\\∠][^=<>+*/^-]{0,40})= ?([^=<>]*)", text)
     if named and is_name(named[1]):
         name, text = named.groups()
+    if TRIG.search(text):                                        # \cos 60° is not \cos 60
+        text = re.sub(" degree ?", r"^\\circ ", text)
     text = re.sub(r"^([^$€£¥₹]+?) ?([$€£¥₹])$", r"\2\1", text)               # 5 € is €5
     if currency := re.match(r"([+-]?) ?(?:US)?([$€£¥₹])", text):
         unit = currency[2]
@@ -124,9 +141,20 @@ def parts(text):
     elif measured := UNIT.fullmatch(text):
         # 3a is three times a. A word that is no unit must be the gold answer's word as well.
         letters = measured[3].rstrip("^{}0123456789-")
-        if len(letters) > 2 or known(letters) and (measured[2] or len(letters) == 2):
+        short = known(letters) and (measured[2] or len(letters) == 2)
+        if (len(letters) > 2 or short) and not is_factor(measured[3], measured[1]):
             text, unit = measured[1], CURRENCIES.get(measured[3].lower(), measured[3])
-    return name.replace(" ", ""), text.strip(), unit
+    return name.replace(" ", ""), re.sub(" degree ?", r"^\\circ ", text).strip(), unit
+
+
+def is_factor(unit, formula):
+    r"""True if a unit may be a product of variables: the h of \pi r^2 h, the mg of x^2 mg."""
+    if number(formula) is not None or not re.search(r"[^\W\d_]", formula):
+        return False
+    clear = r"[ckm]m|kg|ft|in|mi|hr|lb|oz|Hz|Pa|m/s|[^\W\d_]{3,}"
+    if not re.search(r"[^\W\d_]", KNOWN.sub("", formula)):       # 2\pi m, 10\sqrt{3} N
+        clear += "|[kmM]?[msNJWVA]"
+    return not re.match(rf"(?:{clear})(?![a-zA-Z])", unit)
 
 
 def known(unit):
@@ -163,6 +191,8 @@ def number(text):
     if not bottom:
         return None
     value = decimal(match["top"]).scaleb(int(match["power"] or 0)) / bottom
+    if match["whole"] and value >= 1:                            # 2 4/3 is no mixed number
+        return None
     value += decimal(match["whole"] or "0")
     if match["scale"]:
         value *= Decimal(SCALES[match["scale"].lower()])
@@ -191,7 +221,8 @@ LATEX = (
     (r"≤|⩽|<=|\\leqslant", r"\\leq "), (r"≥|⩾|>=|\\geqslant", r"\\geq "),
     (r"≠|!=|\\ne(?![a-zA-Z])", r"\\neq "), (r"≈", r"\\approx "),
     (r"∪", r"\\cup "), (r"∩", r"\\cap "), (r"∈", r"\\in "), (r"ℝ", r"\\mathbb{R}"),
-    (r"∅|\\varnothing", r"\\emptyset "), (r"\^\s*\{?\s*\\circ\s*\}?|°", r"^\\circ "),
+    (r"∅|\\varnothing", r"\\emptyset "),
+    (r"(\\(?:sin|cos|tan|cot|sec|csc)) *\^ *(\d)(?=\s+\d)", r"\1^{\2}"),      # \sin^2 30
     (r"(?<=\d)_\{(\d+)\}", r"_\1"), (r"(?<!\\)%", r"\\%"),
     (r"\\log\s*_\s*(?:\{(\d+)\}|(\d+)(?=[\s(\\{]))\s*", r"\\log_{\1\2}"),       # log_2 8
     (r",?\s*(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])", ","))       # several values are a list
@@ -199,8 +230,12 @@ SYMBOLS = re.compile(r"[\x20-\x7e√∞πθαβ×∙·⋅÷±≤⩽≥⩾≠≈�
 PROSE = re.compile(r"(?<!\\)(?<!\\begin\{)(?<!\\end\{)(?<![a-zA-Z])[a-zA-Z]{3,}")
 CHARACTERS = re.compile(r"[\w\s\\{}()\[\]+\-*/^=<>|,.;:!&'%]*", re.ASCII)
 TOO_LARGE = re.compile(r"\^\s*\{?\s*[-+]?\d{5,}|\^[\s{]*\d+\s*\^|\d{4,}[\s)}]*!|!\s*!|\d{100}")
-# math-verify takes "3 4" for their sum, "3 = 4" for 4, "--3" for 3.
-NO_TERM = re.compile(r"\d\s+\.?\d|[-+]\s*[-+]|(?:^|,)[^a-zA-Z\\=,]*=|=[^,;=]*=")
+# math-verify takes "3 4" and 3°4' for their sum, "3 = 4" for 4, "--3" for 3. 6/2(3) is 9 or 1.
+NO_TERM = re.compile(r"(?:\d|\\circ)\s+\.?\d|[-+]\s*[-+]|(?:^|,)[^a-zA-Z\\=,]*=|=[^,;=]*="
+                     r"|/\s*(?:[\d.]+|\([\d.]+\))\s*[(\[][^a-zA-Z\\)\]]*[)\]]")
+MIXED = re.compile(r"\d+\\frac\{(\d+)\}\{(\d+)\}")
+GROUPS = r"(?<![\w.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])"          # 1,000 in a formula, no (1,200)
+THOUSANDS = re.compile(rf"(?<![(\[{{])(?<![(\[{{] ){GROUPS}|{GROUPS}(?! ?(?:[)\]]|\\\}}))")
 BASE = re.compile(r"\d_\d")                                      # 204_5: 204 to the base 5
 
 
@@ -216,16 +251,47 @@ def to_latex(text):
         depth += (c in "([{") - (c in ")]}")
         if not 0 <= depth <= DEEPEST:
             return ""
-    for refused in (PROSE, TOO_LARGE, NO_TERM):
-        if refused.search(text):
-            return ""
-    if depth or not CHARACTERS.fullmatch(text):
+    refused = any(pattern.search(text) for pattern in (PROSE, TOO_LARGE, NO_TERM))
+    if refused or depth or not CHARACTERS.fullmatch(text):
         return ""
     return text.strip()
 
 
+@cache
+def mend_math_verify():
+    r"""Make math-verify take 2(3) for 6, the sign in \cos 60^\circ for degrees, R not for r."""
+    from latex2sympy2_extended import latex2sympy2
+
+    class Reader(latex2sympy2._Latex2Sympy):
+        def parse(self, text):
+            self.convert_degrees = bool(TRIG.search(text))
+            letters = set(re.sub(r"\\[a-zA-Z]+", "", text))
+            if any(c.islower() and c.upper() in letters for c in letters):
+                self.config = latex2sympy2.ConversionConfig(lowercase_symbols=False)
+            return super().parse(text)
+
+        def convert_postfix_list(self, factors, i=0):
+            # math-verify adds a number to any whole number before it. Only 2\frac{1}{2} is a sum.
+            mixed = MIXED.fullmatch("".join(factor.getText() for factor in factors[i:i + 2]))
+            if mixed and int(mixed[1]) >= int(mixed[2]):
+                raise ValueError("a product, or an improper mixed number")
+            end = i + 2 if mixed else len(factors)
+            value = super().convert_postfix_list(factors[:end], i)
+            if end < len(factors):
+                return self.mul_flat(value, self.convert_postfix_list(factors, end))
+            if not mixed and i + 1 < end and getattr(value, "is_Rational", False):
+                first = self.convert_postfix(factors[i])
+                return self.mul_flat(first, self.convert_postfix_list(factors, i + 1))
+            return value
+
+    latex2sympy2._Latex2Sympy = Reader
+
+
 def same_formula(predicted, answer):
     """True if math-verify finds two formulas equal. Raises ImportError if it is not installed."""
+    whole = [THOUSANDS.sub(lambda m: m[0].replace(",", ""), text) for text in (predicted, answer)]
+    if not re.search(r",|\b(?:and|or)\b", " ".join(whole)):      # 100,200 may be a list as well
+        predicted, answer = whole
     predicted, answer = to_latex(predicted), to_latex(answer)
     if not predicted or not answer:
         return False
@@ -233,6 +299,7 @@ def same_formula(predicted, answer):
         return True
     if BASE.search(predicted) or BASE.search(answer):            # math-verify drops the base
         return False
+    mend_math_verify()
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
     # It must not drop units: 5m is not 5, nor is 5 kg 5 m.
@@ -251,7 +318,7 @@ def same_formula(predicted, answer):
 def same(predicted, answer, tolerance):
     """For the domain math: the same value, formula or words (`rewards.verify_math`)."""
     predicted, answer = spelled(predicted), spelled(answer)
-    words = r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*"                   # "Yes", "no solution"
+    words = r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*|[^\W\d_]{3,}(?:[ '-][^\W\d_]+|,? \d+)*"    # June 20
     if re.fullmatch(words, answer) and predicted.casefold() == answer.casefold():
         return True
     name, predicted, unit = parts(predicted)
