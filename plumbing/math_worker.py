@@ -79,8 +79,8 @@ VALUE = re.compile(
 NO_UNIT = rf"(?:[eixyzπ]|pi|or|and|to|per|{SCALE})(?![^\W\d_])"                # not 2x, not "2 or"
 WORD = rf"(?!{NO_UNIT})[^\W\d_π]{{1,20}}(?: ?\^ ?\{{?-?\d\}}?|\d)?"            # km, cm^2, s^{-1}
 JOINT = r"(?: ?(?:[/·*]|\\cdot) ?| per |\.? )"
-UNIT = re.compile(rf"(.*?(?:[\d)}}%.π]|\\(?:pi|circ)|{SCALE}))( ?)"
-                  rf"({WORD}(?:{JOINT}{WORD}){{0,3}})\.?", re.IGNORECASE)
+BEFORE_UNIT = re.compile(rf"[\d)}}%.π]|\\(?:pi|circ)|{SCALE}", re.IGNORECASE)
+UNIT = re.compile(rf"( ?)({WORD}(?:{JOINT}{WORD}){{0,3}})\.?", re.IGNORECASE)
 
 # Units that may be left out: these, SI's, and plurals ("7 birds") that are no numbers.
 UNITS = set("""h hr min sec yr ft in mi lb oz sq mph kmh kph rpm fps px dB deg rad pp ppm kWh unit
@@ -138,23 +138,27 @@ def parts(text):
     if currency := re.match(r"([+-]?) ?(?:US)?([$€£¥₹])", text):
         unit = currency[2]
         text = currency[1] + text[currency.end():]
-    elif measured := UNIT.fullmatch(text):
-        # 3a is three times a. A word that is no unit must be the gold answer's word as well.
-        letters = measured[3].rstrip("^{}0123456789-")
-        short = known(letters) and (measured[2] or len(letters) == 2)
-        if (len(letters) > 2 or short) and not is_factor(measured[3], measured[1]):
-            text, unit = measured[1], CURRENCIES.get(measured[3].lower(), measured[3])
+    else:
+        for end in BEFORE_UNIT.finditer(text):
+            rest, measured = text[:end.end()], UNIT.fullmatch(text, end.end())
+            if measured and is_unit(*measured.groups(), rest):
+                text, unit = rest, CURRENCIES.get(measured[2].lower(), measured[2])
+                break
     return name.replace(" ", ""), re.sub(" degree ?", r"^\\circ ", text).strip(), unit
 
 
-def is_factor(unit, formula):
-    r"""True if a unit may be a product of variables: the h of \pi r^2 h, the mg of x^2 mg."""
-    if number(formula) is not None or not re.search(r"[^\W\d_]", formula):
+def is_unit(space, word, formula):
+    r"""False if a word after a formula may be variables: the a of 3a, the h of \pi r^2 h, the mg of
+    x^2 mg. A word that is no known unit must be the gold answer's word as well."""
+    letters = word.rstrip("^{}0123456789-")
+    if len(letters) < 3 and not (known(letters) and (space or len(letters) == 2)):
         return False
+    if number(formula) is not None or not re.search(r"[^\W\d_]", formula):
+        return True
     clear = r"[ckm]m|kg|ft|in|mi|hr|lb|oz|Hz|Pa|m/s|[^\W\d_]{3,}"
     if not re.search(r"[^\W\d_]", KNOWN.sub("", formula)):       # 2\pi m, 10\sqrt{3} N
         clear += "|[kmM]?[msNJWVA]"
-    return not re.match(rf"(?:{clear})(?![a-zA-Z])", unit)
+    return bool(re.match(rf"(?:{clear})(?![a-zA-Z])", word))
 
 
 def known(unit):
@@ -347,7 +351,8 @@ def near(predicted, answer, tolerance):
     """For the domain chart: numbers that are close, or the same year (`rewards.verify_chart`)."""
     values, units, percent = [], [], []
     for text in (predicted, answer):
-        text = re.sub(rf"(?<=\d) ?({'|'.join(SUFFIXES)})\b", suffix, spelled(text))
+        text = re.sub(rf"(?<=\d) ?({'|'.join(SUFFIXES)})\b",                # 12k is 12 thousand
+                      lambda letter: " " + SUFFIXES[letter[1]], spelled(text))
         _, text, unit = parts(text)
         if YEARS.fullmatch(text) or SIGN_INSIDE.search(text):
             return False
@@ -366,11 +371,6 @@ def near(predicted, answer, tolerance):
     if percent == [False, True] and abs(value) <= 1:
         return abs(100 * value - gold) <= allowed
     return False
-
-
-def suffix(match):
-    """The scale that a letter after a number stands for, in charts."""
-    return " " + SUFFIXES[match[1]]
 
 
 DOMAINS = {"math": same, "chart": near}

@@ -448,6 +448,71 @@ def test_an_answer_may_be_written_in_many_forms(domain, predicted, right, wrong)
                 assert VERIFIERS[domain](answer, predicted) == 0, answer
 
 
+FORMULAS = {
+    "products": [
+        ("2(3)", ["6", "2 (3)", "2\\left(3\\right)", "x = 2(3)", "2(3) cm"], ["5", "23"]),
+        ("(3)(4)", ["12", "(3)4", "(4)3", "-(-3)(4)"], ["7", "-12"]), ("10(5)", ["50"], ["15"]),
+        ("2(\\frac12)", ["1", "2(1/2)"], ["2.5"]), ("2[3]", ["6"], ["5"]), ("2{3}", [], ["5"]),
+        ("\\frac{6}{2}\\frac{4}{2}", ["6"], ["5"]), ("2\\binom{4}{2}", ["12"], ["8"]),
+        ("2(3)(4)", ["24", "2(3(4))"], ["9", "14", "10"]), ("x2(3)", ["6x"], ["5x"]),
+        ("2^{2(3)}", ["64"], ["32"]), ("\\sqrt{2(8)}", ["4"], ["\\sqrt{10}"]),
+        ("1,2(3)", ["1,6"], ["1,5"]), ("5(1)", ["5"], ["6"]), ("0(2)", ["0"], ["2"]),
+        ("(1/2)(3)", ["3/2"], ["7/2"]), ("2\\frac{1}{2}", ["2.5", "2 \\frac{1}{2}"], ["1"]),
+        ("2\\frac{1}{2}\\pi", ["2.5\\pi"], ["\\pi"]), ("2\\frac12(3)", ["7.5"], ["3", "5.5"]),
+        ("2\\frac{4}{3}", [], ["10/3"]), ("2 4/3", [], ["10/3"]), ("6/2(1+2)", [], ["1", "9"]),
+        ("(1,2)(3)", [], ["(1,2)"]), ("R-r", ["-r+R"], ["r-R"])],
+    "units": [
+        ("\\frac{1}{3}\\pi r^2 h", ["\\frac{\\pi r^2 h}{3}"], ["\\frac{1}{3}\\pi r^2"]),
+        ("\\pi r^2", ["\\pi r^2 cm^2"], ["\\pi r^2 h", "\\pi r^2 h cm^3"]),
+        ("a+b", [], ["(a+b) h"]), ("x^2", ["x^2 ft"], ["x^2 g", "x^2 m g", "x^2 mg", "x^{2} C"]),
+        ("n^2", ["n^{2} km/h"], ["n^2 s"]), ("x+1", ["(x+1) cm"], ["(x+1) L"]),
+        ("\\alpha^2", [], ["\\alpha^2 h"]), ("\\pi", ["\\pi cm"], ["\\pi h", "\\pi L", "1 cm"]),
+        ("\\frac{\\pi}{3}", ["\\frac{\\pi}{3} s"], ["\\frac{\\pi}{3} h"]),
+        ("2t+1", ["(2t+1) m/s", "(2t+1) seconds"], []), ("10\\sqrt{3}", ["10\\sqrt{3} N"], []),
+        ("12\\pi\\text{ cm}", ["12\\pi", "12π cm", "12πcm", "A = 12π"], ["12", "12\\pi m"]),
+        ("25\\pi \\text{ square units}", ["25\\pi"], ["25"]), ("2\\pi rad", ["2\\pi"], ["2"]),
+        ("120\\pi", ["120\\pi\\text{ in}^3", "120\\pi \\text{ m}^3"], ["120\\pi r^3"]),
+        ("5", ["5 h", "5 m"], ["5 a"]), ("5 million kW", ["5000000"], [])],
+    "degrees": [
+        ("\\cos 60°", ["1/2", "\\cos(60^\\circ)", "\\cos 60 degrees", "\\cos\\frac{\\pi}{3}"],
+         ["-0.95241298", "\\cos 60"]),
+        ("1", ["\\tan(45^\\circ)", "\\tan{45^{\\circ}}", "\\sin^2 90^\\circ", "2\\sin 30^\\circ"],
+         ["1.6197751905438615"]),
+        ("30°, 60°", ["30^\\circ,60^\\circ", "60° or 30°", "30,60"], ["30°, 61°"]),
+        ("180^\\circ - x", ["180^\\circ-x", "180°-x"], ["180^\\circ+x"]),
+        ("30^\\circ + 45^\\circ", ["75^\\circ", "75"], ["76^\\circ"]),
+        ("30° < x < 60°", ["30^\\circ<x<60^\\circ"], ["30° < x < 61°"]),
+        ("30°15'", [], ["45", "450"]), ("10\\tan 45^\\circ m", ["10"], ["10\\tan 45 m"]),
+        ("60°", ["60 deg", "60"], ["\\frac{1}{2}"]), ("5", ["\\sin 30° = 5"], [])],
+    "thousands": [
+        ("1,000+1", ["1,001", "1001"], ["1", "2"]), ("1,000\\pi", ["1000\\pi"], ["\\pi"]),
+        ("\\frac{1,000}{3}", ["1000/3"], ["1/3"]), ("\\sqrt{1,000,000}", ["1,000"], ["1"]),
+        ("1,200x + 3,400y", ["1200x+3400y"], []), ("x > 1,000", ["x > 1000"], ["x > 1"]),
+        ("(1,200)", ["(1, 200)"], []), ("100,200,300", ["100, 200, 300"], ["600"])],
+    "repeating": [
+        ("0.\\overline{3}", ["1/3", "0.33333333"], ["0.3", "3", "1/30"]),
+        ("0.1\\overline{6}", ["1/6"], ["1/60"]), ("6.\\overline{6}", ["20/3"], ["6.6"]),
+        ("-0.\\bar{6}", ["-2/3"], ["2/3"]), ("0.\\overline{3}x", ["\\frac{x}{3}"], ["x"]),
+        ("2 0.\\overline{3}", [], ["7/3", "2/3"])],
+    "words": [
+        ("june 20", ["\\text{June 20}"], ["June 21", "July 20"]),
+        ("10 percents", ["10%"], ["10"]), ("10 percentages", [], ["10"])]}
+
+
+@pytest.mark.parametrize("predicted, right, wrong", [
+    row for rows in FORMULAS.values() for row in rows],
+    ids=lambda x: ascii(x)[:30] if isinstance(x, str) else "")
+def test_a_formula_means_what_its_writer_means(predicted, right, wrong):
+    """math-verify added 2 and 3 in 2(3), took degrees for radians and R for r; a variable such as h
+    was dropped as a unit, but cm after pi was none. 1,000 in a formula was two numbers, a repeating
+    decimal no number, and "percents" a unit that may be left out."""
+    math = VERIFIERS["math"]
+    for answer in right:
+        assert math(predicted, answer) == math(answer, predicted) == 1, answer
+    for answer in wrong:
+        assert math(predicted, answer) == math(answer, predicted) == 0, answer
+
+
 def test_every_verifier_is_in_the_table():
     assert set(CASES) == set(VERIFIERS)
 
