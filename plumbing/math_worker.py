@@ -157,7 +157,7 @@ def is_unit(space, word, formula):
         return True
     clear = r"[ckm]m|kg|ft|in|mi|hr|lb|oz|Hz|Pa|m/s|[^\W\d_]{3,}"
     if not re.search(r"[^\W\d_]", KNOWN.sub("", formula)):       # 2\pi m, 10\sqrt{3} N
-        clear += "|[kmM]?[msNJWVA]"
+        clear += "|[ms]" if re.search(r"π|\\pi", formula) else "|[kmM]?[msNJWVA]"
     return bool(re.match(rf"(?:{clear})(?![a-zA-Z])", word))
 
 
