@@ -27,7 +27,7 @@ DECAY = 0.7                     # factor on earlier answers at each visit: a ten
 PACE = 0.1                      # how far a group's surprise moves the other estimates, in log-odds
 FLOOR = 0.1                     # smallest weight of a tier, as a share of the largest
 SMOOTH = 0.9                    # coefficient of the ratio's moving average: about ten steps
-SAMPLE = 20_000                 # of more known questions, so many random ones stand for all
+SAMPLE = 20_000                 # known questions that are counted, drawn at random from more
 SAVED = ("epoch", "queue", "met", "dropped", "recent", "ratio")     # in a checkpoint
 LATER = ("levels", "noted_at", "surplus")      # likewise, unless empty; older checkpoints lack them
 
@@ -89,7 +89,7 @@ class Curriculum:
         return bisect_left(CUTS, rate) if rate < 0.5 else bisect_right(CUTS, rate)
 
     def census(self):
-        """-> [5] ids in use in each tier, or in a sample of it, [5] mean of p(1-p) there, or 0"""
+        """-> [5] ids in use in each tier (at most SAMPLE known), [5] mean of p(1-p) there, or 0"""
         unknown = len(self.ids) - len(self.recent) - sum(x not in self.recent for x in self.dropped)
         count = [0, 0, unknown, 0, 0]                      # often nearly all are unknown; p is 0.5
         variance = [0.0, 0.0, unknown / 4, 0.0, 0.0]       # of one answer
@@ -122,8 +122,8 @@ class Curriculum:
 
         Training on some questions changes the answers to all. Estimates that stand still go stale,
         longest those of hard questions, which are asked least. So a group whose question had an
-        estimate moves two levels by how much better or worse it did, as in Elo's rating: one of all
-        questions and one of its domain. The estimates of all others move with them, in log-odds.
+        estimate moves two levels by how much better or worse it did than that, as in Elo's rating:
+        one of all questions and one of its domain. All other estimates move with them, in log-odds.
         Ten groups that do better by 0.5: 2 levels * 10 * 0.1 * 0.5 = 1, so from 0.27 to 0.5.
         """
         estimate, total_before = self.rate(id), self.recent.get(id, (0.0, 0.0))[1]

@@ -23,7 +23,7 @@ import model as vlm
 import rewards
 from curriculum import Curriculum
 from flow import Run
-from plumbing import command_line, judges, resume
+from plumbing import command_line, judges
 from plumbing.fetching import fetch_in_rounds
 from plumbing.grades import append, begin, read_grades
 from plumbing.metrics import mean
@@ -265,7 +265,7 @@ def main(c):
     if c.grade:
         return grade(run, to_grade)
     if settings:
-        resume.make_folder(c.out_dir)      # now: a failure later loses the work
+        command_line.make_folder(c.out_dir)                # now: a failure later loses the work
     result = evaluate(run, held_out[:c.eval_samples], c.pass_k or c.group_size, grades)
     if not result["samples"]:
         raise ValueError(f"no sample could be evaluated: {result['why']}")

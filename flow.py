@@ -35,7 +35,7 @@ class Video:
     height: int      # pixels, as displayed (upright)
     width: int
     seconds: float   # between two neighbouring frames of the T
-    read: Callable   # read(lo, hi, size=None) -> uint8 [hi-lo, H, W, 3]; size: resize to (H, W)
+    read: Callable   # read(lo, hi) -> uint8 [hi-lo, H, W, 3]; open_video's also takes a size (H, W)
 
 
 @dataclass

@@ -34,9 +34,10 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plumbing.families import INSTRUCTION  # noqa: E402
 from plumbing.tiny import CONTROLS, build_tiny  # noqa: E402
 
-QUESTION = "What is seen, and when?"
+QUESTION = f"What is seen, and when?\n{INSTRUCTION}"        # as `model.make_prompt` asks it
 LR = 1e-6
 
 
@@ -68,7 +69,7 @@ class Attached:
     def __init__(self, model):
         self.video_token = model.config.video_token_id
         self.kept = {}
-        self.encodes = self.lm_tokens = 0
+        self.prompt_tokens = self.encodes = self.lm_tokens = 0
         model.register_forward_pre_hook(self.attach, with_kwargs=True)
         model.model.visual.register_forward_pre_hook(self.keep, with_kwargs=True)
         model.model.language_model.register_forward_pre_hook(self.count, with_kwargs=True)
@@ -85,6 +86,7 @@ class Attached:
         """inputs["input_ids"]: [B, T]"""
         if "second_per_grid_ts" in inputs:                 # generate's forward
             self.kept["second_per_grid_ts"] = inputs["second_per_grid_ts"][:1]
+            self.prompt_tokens = max(self.prompt_tokens, inputs["input_ids"].shape[1])
         else:
             B = len(inputs["input_ids"])
             for name, one in self.kept.items():
@@ -148,7 +150,8 @@ def main(c):
                               callbacks=[clock])
     trainer.train()
     steps = 1 + c.steps
-    row = {"variant": f"trl {trl.__version__}", **vars(c), "lm_tokens": counted.lm_tokens / steps,
+    row = {"variant": f"trl {trl.__version__}", **vars(c), "prompt_tokens": counted.prompt_tokens,
+           "lm_tokens": counted.lm_tokens / steps,
            "encodes": counted.encodes / steps,
            "seconds": round(statistics.median(clock.seconds[1:]), 4),
            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}

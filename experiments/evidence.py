@@ -294,6 +294,7 @@ def finish(job, usage, out, results_file, version):
     line = {"run": name, "seed": seed, "commit": version, "command": shown(name, seed),
             "seconds": round(time.time() - job.start),
             "cpu_seconds": round(usage.ru_utime + usage.ru_stime), **found}
+    check_results(f"the line of {name}-{seed}", line)      # else no later call could read the file
     if name not in read_results(results_file).get(seed, {}):
         with open(results_file, "a") as f:
             f.write(json.dumps(line) + "\n")
@@ -327,12 +328,14 @@ def make_all(out, workers=2, results_file=RESULTS):
             job, status, usage = wait(jobs)
             jobs.remove(job)
             seconds = f"{time.time() - job.start:.0f} s"
-            if status:
-                failed.add((job.name, job.seed))
-                print(f"{job.name}-{job.seed} failed after {seconds}: see its .log", flush=True)
-            else:
+            try:
+                if status:
+                    raise DamagedLine("see its .log")
                 finish(job, usage, out, results_file, version)
                 print(f"{job.name}-{job.seed} done in {seconds}", flush=True)
+            except DamagedLine as e:
+                failed.add((job.name, job.seed))
+                print(f"{job.name}-{job.seed} failed after {seconds}: {e}", flush=True)
     finally:
         for job in jobs:                                   # this command was stopped
             job.process.terminate()

@@ -18,7 +18,8 @@ class DamagedLine(ValueError):
 def read_lines(path):
     """-> [(where, line)] of all lines, of whatever run; where: "file, line 3"
 
-    Raises DamagedLine unless each is a JSON object with run, seed and command, there once.
+    Raises DamagedLine unless each is a JSON object with run, seed and command, and no two lines
+    share all three.
     """
     lines, places = [], {}
     if not path.exists():
@@ -74,14 +75,14 @@ def check_key(line):
     for key, kind, what in (("run", str, "text"), ("command", str, "text"),
                             ("seed", int, "an integer")):
         if type(line.get(key)) is not kind:                # True would pass as an int
-            raise ValueError(f"{key!r} must be {what}, not {shown(line.get(key))}")
+            raise ValueError(f"{key!r} must be {what}, not {as_json(line.get(key))}")
 
 
 def check_numbers(line):
     words = line["command"].split()
     check_number("cpu_seconds", line.get("cpu_seconds"), 0)
     if not isinstance(line.get("commit"), str):
-        raise ValueError(f"'commit' must be text, not {shown(line.get('commit'))}")
+        raise ValueError(f"'commit' must be text, not {as_json(line.get('commit'))}")
     if "--mode=grade" in words:
         check_list("grades", line.get("grades"), 3)
         for count in line["grades"]:
@@ -96,14 +97,14 @@ def check_numbers(line):
         for frames in filter(None, option("eval_frames", words, "").split(",")):
             check_number(f"frames {frames}", member("frames", line).get(frames), 0, 1)
         return
-    check_steps(line, int(option("rl_steps", words, 40)))  # train.py's default
+    check_steps(line, int(option("rl_steps", words, "0")))
     if "experiments/visits.py" in words:
         check_visits(member("visits", line))
 
 
 def check_evaluation(row):
     if not isinstance(row, dict):
-        raise ValueError(f"'held_out' must be a list of evaluations, not of {shown(row)}")
+        raise ValueError(f"'held_out' must be a list of evaluations, not of {as_json(row)}")
     check_number("accuracy", row.get("accuracy"), 0, 1)
     for domain, accuracy in member("domains", row).items():
         check_number(f"accuracy in {domain}", accuracy, 0, 1)
@@ -137,7 +138,7 @@ def check_visits(found):
 def member(key, of):
     """of[key], which must be an object."""
     if not isinstance(of.get(key), dict):
-        raise ValueError(f"{key!r} must be an object, not {shown(of.get(key))}")
+        raise ValueError(f"{key!r} must be an object, not {as_json(of.get(key))}")
     return of[key]
 
 
@@ -151,15 +152,16 @@ def option(name, words, default):
 
 def check_list(what, found, n):
     if not isinstance(found, list) or len(found) != n:
-        raise ValueError(f"{what!r} must be a list of {n}, not {shown(found)}")
+        raise ValueError(f"{what!r} must be a list of {n}, not {as_json(found)}")
 
 
 def check_number(what, x, least=-math.inf, most=math.inf):
     if type(x) not in (int, float) or not math.isfinite(x) or not least <= x <= most:
-        bounds = f" from {least:g} to {most:g}" if math.isfinite(least) else ""
-        raise ValueError(f"{what!r} must be a number{bounds}, not {shown(x)}")
+        bounds = f" from {least:g}" if math.isfinite(least) else ""
+        bounds += f" to {most:g}" if math.isfinite(most) else ""
+        raise ValueError(f"{what!r} must be a number{bounds}, not {as_json(x)}")
 
 
-def shown(x):
+def as_json(x):
     """A value as JSON, at most 40 characters of it."""
     return json.dumps(x)[:40]

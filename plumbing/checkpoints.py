@@ -141,10 +141,12 @@ def in_one_line(name):
     checkpoint."""
     try:
         yield
+    except ImportError as e:
+        raise ValueError(f"{name} needs a package: {' '.join(str(e).split())[:500]}") from e
     # AttributeError: of a dtype that torch does not have. AssertionError: of a vocabulary without
     # the pad's row. RuntimeError: of experts, to be stacked.
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
-            AssertionError, ImportError, RuntimeError, StrictDataclassError, SafetensorError,
+            AssertionError, RuntimeError, StrictDataclassError, SafetensorError,
             pickle.UnpicklingError) as e:
         if os.path.isdir(name):
             what = f"{name} has a file that is missing, damaged or of another kind"
@@ -156,7 +158,7 @@ def in_one_line(name):
 
 
 def check_written(name, written):
-    """Raises ValueError for a config.json that transformers would read as another than it is.
+    """Raises ValueError for a config.json that transformers would misread.
 
     written: its content.
     """

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import inspect
 import math
+import os
 import re
 import sys
 from dataclasses import MISSING, asdict, fields
@@ -147,6 +148,15 @@ def check_range(c, least, most, *keys):
         if not (math.isfinite(value) and least <= value <= most):
             bound = f"from {least} to {most}" if math.isfinite(most) else f"of at least {least}"
             raise ValueError(f"{key} = {value} must be a number {bound}")
+
+
+def make_folder(out_dir):
+    """Make out_dir. Raises ValueError, which names the option, if it cannot be made."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"--out_dir={out_dir}: this folder cannot be made ({e.strerror}); choose "
+                         "another --out_dir") from e
 
 
 def check_sampling(c, ranks):

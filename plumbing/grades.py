@@ -9,7 +9,7 @@ import json
 import math
 import os
 
-from plumbing.resume import make_folder
+from plumbing.command_line import make_folder
 
 
 def about(sample):

@@ -279,14 +279,16 @@ def mend_math_verify():
             mixed = MIXED.fullmatch("".join(factor.getText() for factor in factors[i:i + 2]))
             if mixed and int(mixed[1]) >= int(mixed[2]):
                 raise ValueError("a product, or an improper mixed number")
-            end = i + 2 if mixed else len(factors)
-            value = super().convert_postfix_list(factors[:end], i)
-            if end < len(factors):
-                return self.mul_flat(value, self.convert_postfix_list(factors, end))
-            if not mixed and i + 1 < end and getattr(value, "is_Rational", False):
-                first = self.convert_postfix(factors[i])
-                return self.mul_flat(first, self.convert_postfix_list(factors, i + 1))
-            return value
+            if mixed:
+                value = super().convert_postfix_list(factors[:i + 2], i)
+            elif not hasattr(value := self.convert_postfix(factors[i]), "is_Mul"):     # a set, d/dx
+                return super().convert_postfix_list(factors, i)
+            rest = factors[i + (2 if mixed else 1):]
+            if not rest:
+                return value
+            other = self.convert_postfix_list(rest)
+            matrix = any(getattr(x, "is_Matrix", False) for x in (value, other))
+            return (self.mat_mul_flat if matrix else self.mul_flat)(value, other)
 
     latex2sympy2._Latex2Sympy = Reader
 
@@ -310,9 +312,8 @@ def same_formula(predicted, answer):
     as_written = NormalizationConfig(basic_latex=True, malformed_operators=True, boxed="none")
     form = [LatexExtractionConfig(normalization_config=as_written)]
     signal.setitimer(signal.ITIMER_PROF, SECONDS)                # SIGPROF ends the process
-    parsed = []
-    for text in (answer, predicted):
-        parsed.append(parse(f"${text}$", form, fallback_mode="no_fallback", parsing_timeout=None))
+    parsed = [parse(f"${text}$", form, fallback_mode="no_fallback", parsing_timeout=None)
+              for text in (answer, predicted)]
     return all(parsed) and verify(*parsed, timeout_seconds=None)
 
 
@@ -336,8 +337,7 @@ def same(predicted, answer, tolerance):
         return abs(value - gold) <= Decimal(tolerance) * abs(gold)
     if value is not None or gold is not None:                    # 2^{10} may be one, 3x is none
         formula = predicted if value is None else answer
-        rest = re.sub(rf"\\[a-zA-Z]+|{FUNCTION}|[eiπ]", "", formula)
-        if re.search(r"[^\W\d_]", rest):
+        if re.search(r"[^\W\d_]", re.sub(rf"\\[a-zA-Z]+|{FUNCTION}|[eiπ]", "", formula)):
             return False
     return same_formula(predicted, answer)
 

@@ -105,8 +105,7 @@ class Log:
         self.board = None
         if ranks.rank:
             return
-        if count:
-            self.lines = first_lines(path, count)
+        self.lines = first_lines(path, count)
         with open(path + ".tmp", "w") as f:
             f.writelines(self.lines)
         os.replace(path + ".tmp", path)
@@ -128,6 +127,11 @@ class Log:
         if self.board:
             self.board.add([row])
 
+    def sync(self):
+        """On rank 0, see that all lines are on the disk: a machine may lose its power."""
+        with open(self.path, "rb") as f:
+            os.fsync(f.fileno())
+
 
 def first_lines(path, count):
     """The first `count` lines of metrics.jsonl, which a checkpoint counted. -> list of text
@@ -136,6 +140,8 @@ def first_lines(path, count):
     after them is not looked at: a killed run may have left half a line.
     """
     lines = []
+    if not count:
+        return lines
     try:
         with open(path, "rb") as f:
             found = f.read().split(b"\n")

@@ -1,6 +1,6 @@
 """
 How a checkpoint expects its pixels: its preprocessing files, read and checked. transformers checks
-little of them, and a wrong number would become other pixels, in silence.
+little of them, and a wrong number would silently give other pixels.
 """
 import json
 import math

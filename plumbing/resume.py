@@ -28,15 +28,6 @@ DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, Attribute
 FILES = ("metrics.jsonl", "rollouts.jsonl", "curves.png", "watch.html")    # that a run writes
 
 
-def make_folder(out_dir):
-    """Make out_dir. Raises ValueError, which names the option, if it cannot be made."""
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-    except OSError as e:
-        raise ValueError(f"--out_dir={out_dir}: this folder cannot be made ({e.strerror}); choose "
-                         "another --out_dir") from e
-
-
 def newest(out_dir):
     """The directory of the newest complete checkpoint in out_dir, or None. Raises ValueError if
     `model` is no link, or a link that is broken."""
@@ -111,19 +102,19 @@ def read_state(checkpoint, config, mmap):
 def check_state(state):
     """Raises ValueError if what was read of a training_state.pt is not what `save` was given."""
     if not isinstance(state, dict):
-        raise ValueError(f"a {type(state).__name__}, no dict")
+        raise ValueError(f"a {type(state).__name__}, not a dict")
     state.setdefault("copies", [])         # checkpoints of older commits have none
     for key, kind in STATE.items():
         if key not in state:
             raise ValueError(f"it has no {key!r}")
         if type(state[key]) is not kind:                   # True would pass as an int
-            raise ValueError(f"{key!r} is a {type(state[key]).__name__}, no {kind.__name__}")
+            raise ValueError(f"{key!r} is a {type(state[key]).__name__}, not a {kind.__name__}")
     counts = {key: state[key] for key in ("step", "previous", "lines")}
     for stage in ("align", "sft", "rl"):
         counts[f"done[{stage!r}]"] = state["done"].get(stage)
     for key, value in counts.items():
         if type(value) is not int or value < 0:
-            raise ValueError(f"{key} = {str(value)[:40]} is no number of steps or lines")
+            raise ValueError(f"{key} = {str(value)[:40]} is not a number of steps or lines")
     for key in ("state", "param_groups"):
         if key not in state["optimizer"]:
             raise ValueError(f"its optimizer has no {key!r}")

@@ -7,7 +7,8 @@ import os
 from dataclasses import asdict
 
 from plumbing import record, resume
-from plumbing.metrics import Log
+from plumbing.command_line import make_folder
+from plumbing.metrics import Log, first_lines
 from plumbing.optimizer import make_optimizer, restore
 from plumbing.page import write_page
 from plumbing.plots import draw_curves
@@ -22,7 +23,7 @@ class Progress:
     def __init__(self, config, ranks, mmap):
         """The state of the newest checkpoint in config.out_dir, or of a new run.
         mmap: see `resume.read_state`."""
-        resume.make_folder(config.out_dir)
+        make_folder(config.out_dir)
         self.out_dir = config.out_dir
         self.checkpoint = resume.find(config.out_dir, ranks)       # a directory, or None
         self.done = {"align": 0, "sft": 0, "rl": 0}        # steps of each stage
@@ -36,11 +37,15 @@ class Progress:
             self.config, lines = state["config"], state["lines"]
             self.saved = {key: state.get(key) for key in ("optimizer", "copies", "curriculum")}
         self.bad_steps = 0
-        self.log = Log(os.path.join(config.out_dir, "metrics.jsonl"), ranks, lines,
-                       config.tensorboard)
+        metrics = os.path.join(config.out_dir, "metrics.jsonl")
         self.rollouts = os.path.join(config.out_dir, "rollouts.jsonl")
-        if ranks.rank == 0:
+
+        def check_lines():
+            first_lines(metrics, lines)
             record.cut_back(self.rollouts, self.done["rl"], config.rl_steps)
+
+        resume.on_rank_0(check_lines, ranks)
+        self.log = Log(metrics, ranks, lines, config.tensorboard)
 
     def save(self, run, stage, step):
         """A checkpoint after `step` steps of a stage, with the pictures of the run so far."""
@@ -51,6 +56,7 @@ class Progress:
             copies = stage.optimizer.param_groups[0]["params"]
         if run.ranks.rank == 0:
             draw_curves(self.log.lines, os.path.join(self.out_dir, "curves.png"))
+            self.log.sync()                # the checkpoint counts its lines
         resume.save(run, {
             "step": self.step, "previous": self.previous, "lines": self.log.count,
             "done": self.done, "config": self.config, "stage": stage.name,

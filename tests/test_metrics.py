@@ -16,7 +16,7 @@ from runs import ALONE, ROOT, SMALL, alone, metrics, refused
 import model as vlm
 import train
 from flow import Ranks
-from plumbing.metrics import Meter, check_gap
+from plumbing.metrics import Log, Meter, check_gap
 from rollout import rollout, sample
 
 STAGE_KEYS = {"step", "stage", "loss", "grad_norm", "skipped", "dropped", "train_s", "peak_mb"}
@@ -100,6 +100,18 @@ def batch_of(old_logprobs):
 
 
 @pytest.mark.method
+def test_the_lines_that_a_checkpoint_counts_are_on_the_disk(tmp_path, monkeypatch):
+    """After a power loss the checkpoint was there and the last lines that it counted were not, so
+    the run could not resume."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda f: synced.append(os.fstat(f).st_ino))
+    log = Log(str(tmp_path / "metrics.jsonl"), ALONE)
+    log.write("rl", 1, loss=0.5)
+    assert synced == []                                    # not at every step
+    log.sync()
+    assert synced == [os.stat(tmp_path / "metrics.jsonl").st_ino]
+
+
 def test_a_meter_adds_up_the_tokens_of_a_step_and_the_gap_before_its_first_update():
     meter, zero = Meter(), torch.zeros(1, 3)
     assert meter.sampler_gap() == (0.0, 0.0)

@@ -44,6 +44,7 @@ import data
 import model as vlm
 import train
 from plumbing import page, resume
+from plumbing.command_line import make_folder
 from plumbing.metrics import Log
 
 FINISHED = ["curves.png", "metrics.jsonl", "model", "rollouts.jsonl", "watch.html"]
@@ -525,7 +526,7 @@ def test_an_out_dir_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     for out_dir in ("", str(tmp_path / "file"), str(tmp_path / "file" / "out")):
         with pytest.raises(ValueError, match=f"^--out_dir={out_dir}: this folder cannot be made"):
-            resume.make_folder(out_dir)
+            make_folder(out_dir)
 
 
 @pytest.mark.method

@@ -6,16 +6,48 @@ what of a stage is gone when the next begins.
 import json
 import math
 import os
+import sys
 import weakref
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+import torch
+import worlds
 from runs import SMALL, alone, metrics, refused, state, visits
 
 import toy
 import train
 from curriculum import Curriculum
-from plumbing.stages import Stage
+from plumbing.stages import Progress, Stage
+
+
+def case_lines_are_gone(folder, ranks):
+    """-> what each rank says of a run whose checkpoint counts lines that are gone"""
+    out_dir = os.path.join(folder, "out")
+    c = train.Config(out_dir=out_dir)
+    if ranks.rank == 0:
+        os.makedirs(f"{out_dir}/ckpt-3")
+        os.symlink("ckpt-3", f"{out_dir}/model")
+        torch.save({"step": 3, "previous": 0, "lines": 3, "done": {"align": 0, "sft": 3, "rl": 0},
+                    "config": asdict(c), "curriculum": {}, "copies": [],
+                    "optimizer": {"state": {}, "param_groups": []}},
+                   f"{out_dir}/ckpt-3/training_state.pt")
+    torch.distributed.barrier()
+    try:
+        Progress(c, ranks, False)
+    except ValueError as e:
+        return [str(e)]
+
+
+WORLDS = {"two": worlds.World(size=2, local=1, sp=1, cases=[case_lines_are_gone])}
+
+
+def test_every_rank_hears_that_lines_are_gone(tmp_path):
+    """Only the first rank did: on another machine the cause was "another rank is gone"."""
+    brought = worlds.start(WORLDS, __file__, tmp_path)
+    [first], [second] = brought("two", "case_lines_are_gone")
+    assert first == second and "metrics.jsonl: not whole up to the checkpoint" in first
 
 
 def test_steps_that_are_not_finite_are_counted_and_ten_in_a_row_end_the_run(files, tmp_path):
@@ -103,3 +135,7 @@ def test_the_moments_of_the_cold_start_are_gone_when_rl_begins(run, tmp_path, mo
              "sft_steps": 2})
     [(seen, alive)] = left
     assert seen > 100 and alive == 0
+
+
+if __name__ == "__main__":
+    worlds.run(WORLDS, sys.argv[1], sys.argv[1])
