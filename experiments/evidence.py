@@ -328,14 +328,17 @@ def make_all(out, workers=2, results_file=RESULTS):
             job, status, usage = wait(jobs)
             jobs.remove(job)
             seconds = f"{time.time() - job.start:.0f} s"
-            try:
-                if status:
-                    raise DamagedLine("see its .log")
-                finish(job, usage, out, results_file, version)
-                print(f"{job.name}-{job.seed} done in {seconds}", flush=True)
-            except DamagedLine as e:
+            why = "see its .log" if status else ""
+            if not status:
+                try:
+                    finish(job, usage, out, results_file, version)
+                except DamagedLine as e:
+                    why = str(e)
+            if why:
                 failed.add((job.name, job.seed))
-                print(f"{job.name}-{job.seed} failed after {seconds}: {e}", flush=True)
+                print(f"{job.name}-{job.seed} failed after {seconds}: {why}", flush=True)
+            else:
+                print(f"{job.name}-{job.seed} done in {seconds}", flush=True)
     finally:
         for job in jobs:                                   # this command was stopped
             job.process.terminate()

@@ -6,6 +6,8 @@ import math
 
 import measures
 
+from plumbing.page import read_line
+
 OF_A_DOMAIN = ("accuracy_count", "same_answer_count")      # logged by the steps that drew it
 MAY_BE_NONE = ("grad_norm", *OF_A_DOMAIN)
 JUDGED = ("still", "follows")              # the rules that visits.py compares
@@ -59,16 +61,9 @@ def check_end(text):
 
 def read_object(text):
     try:
-        line = json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as e:
+        return read_line(text.decode("utf-8-sig"), {})
+    except UnicodeDecodeError as e:
         raise ValueError(f"no JSON ({e})") from None
-    if not isinstance(line, dict):
-        raise ValueError("no JSON object")
-    return line
-
-
-def refuse(name):
-    raise ValueError(f"{name} is no number")
 
 
 def check_key(line):

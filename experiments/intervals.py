@@ -9,6 +9,8 @@ interval of Student's t. Seeds are added in order, 0, 1, 2 ..., until that inter
 """
 import math
 import statistics
+import sys
+from bisect import bisect_left
 
 FEWEST, MOST = 3, 12           # seeds of a row
 # 97.5% quantiles of Student's t, by degrees of freedom.
@@ -66,22 +68,11 @@ def seeds_needed(differences, least):
     as these do."""
     spread = statistics.stdev(differences)
 
-    def is_wide(n):
-        return 2 * quantile(n - 1) * spread >= least * math.sqrt(n)
+    def is_enough(n):
+        return 2 * quantile(n - 1) * spread < least * math.sqrt(n)
 
-    # It narrows with every seed, so halving finds the first n; one at a time may take for ever.
-    if not is_wide(FEWEST):
-        return FEWEST
-    wide, narrow = FEWEST, 2 * FEWEST
-    while is_wide(narrow):
-        wide, narrow = narrow, 2 * narrow
-    while narrow - wide > 1:
-        middle = (wide + narrow) // 2
-        if is_wide(middle):
-            wide = middle
-        else:
-            narrow = middle
-    return narrow
+    # It narrows with every seed, so bisection finds the first n; one at a time may take for ever.
+    return FEWEST + bisect_left(range(FEWEST, sys.maxsize), True, key=is_enough)
 
 
 def quantile(freedom):

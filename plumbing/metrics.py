@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from plumbing.page import NEEDED, read_line
-from plumbing.ranks import gather
+from plumbing.ranks import gather, on_rank_0
 
 
 def mean(xs):
@@ -103,14 +103,15 @@ class Log:
         tensorboard: write the same numbers to the folder `tensorboard` beside it."""
         self.path, self.ranks, self.count, self.lines = path, ranks, count, []
         self.board = None
-        if ranks.rank:
-            return
-        self.lines = first_lines(path, count)
-        with open(path + ".tmp", "w") as f:
+        on_rank_0(lambda: self.begin(tensorboard), ranks)
+
+    def begin(self, tensorboard):
+        self.lines = first_lines(self.path, self.count)
+        with open(self.path + ".tmp", "w") as f:
             f.writelines(self.lines)
-        os.replace(path + ".tmp", path)
+        os.replace(self.path + ".tmp", self.path)
         if tensorboard:
-            self.board = Board(os.path.join(os.path.dirname(path), "tensorboard"))
+            self.board = Board(os.path.join(os.path.dirname(self.path), "tensorboard"))
             self.board.add(map(json.loads, self.lines))
 
     def write(self, stage, step, **values):

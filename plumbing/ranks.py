@@ -299,6 +299,19 @@ def on_first(work, ranks):
     return box[0]
 
 
+def on_rank_0(work, ranks):
+    """Run work() on rank 0. Its error is raised on all ranks, so that none waits for it."""
+    error = None
+    if ranks.rank == 0:
+        try:
+            work()
+        except (ValueError, OSError) as e:
+            error = e
+    error = gather(error, ranks)[0]
+    if error:
+        raise error
+
+
 def explain(error):
     """-> (what is wrong and what to do, whether another rank caused it); None if it is a bug."""
     if isinstance(error, (ValueError, OSError)):           # bad input: its message says both

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from plumbing import checkpoints
 from plumbing.command_line import MAY_CHANGE
-from plumbing.ranks import gather
+from plumbing.ranks import gather, on_rank_0
 from plumbing.sharding import kept_buffers, weights
 
 # What a checkpoint's training state holds: {key: type}.
@@ -160,19 +160,6 @@ def save(run, state):
         whole_weights |= kept_buffers(run.model)
     on_rank_0(lambda: write(run.config.out_dir, run.model, run.tokenizer, state, whole_weights),
               run.ranks)
-
-
-def on_rank_0(work, ranks):
-    """Run work() on rank 0. Its error is raised on all ranks, so that none waits for it."""
-    error = None
-    if ranks.rank == 0:
-        try:
-            work()
-        except (ValueError, OSError) as e:
-            error = e
-    error = gather(error, ranks)[0]
-    if error:
-        raise error
 
 
 def write(out_dir, model, tokenizer, state, whole_weights=None):

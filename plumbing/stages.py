@@ -8,11 +8,12 @@ from dataclasses import asdict
 
 from plumbing import record, resume
 from plumbing.command_line import make_folder
-from plumbing.metrics import Log, first_lines
+from plumbing.metrics import Log
 from plumbing.optimizer import make_optimizer, restore
 from plumbing.page import write_page
 from plumbing.plots import draw_curves
 from plumbing.progress import Report, seconds_of_steps
+from plumbing.ranks import on_rank_0
 
 BAD_STEPS = 10         # updates in a row without a finite gradient that end a run (it says "ten")
 
@@ -37,15 +38,10 @@ class Progress:
             self.config, lines = state["config"], state["lines"]
             self.saved = {key: state.get(key) for key in ("optimizer", "copies", "curriculum")}
         self.bad_steps = 0
-        metrics = os.path.join(config.out_dir, "metrics.jsonl")
+        self.log = Log(os.path.join(config.out_dir, "metrics.jsonl"), ranks, lines,
+                       config.tensorboard)
         self.rollouts = os.path.join(config.out_dir, "rollouts.jsonl")
-
-        def check_lines():
-            first_lines(metrics, lines)
-            record.cut_back(self.rollouts, self.done["rl"], config.rl_steps)
-
-        resume.on_rank_0(check_lines, ranks)
-        self.log = Log(metrics, ranks, lines, config.tensorboard)
+        on_rank_0(lambda: record.cut_back(self.rollouts, self.done["rl"], config.rl_steps), ranks)
 
     def save(self, run, stage, step):
         """A checkpoint after `step` steps of a stage, with the pictures of the run so far."""
